@@ -1,0 +1,51 @@
+"""pxp: prune vision networks by explaining them (Hatefi et al. 2024, arXiv:2408.12568).
+
+The names below follow the data flow: model and reference images → attribute → scores → select → mask → evaluate.
+"""
+
+from . import plots
+from .attribute import attribute, heatmap
+from .components import Components, find_components
+from .composites import LRP, depth_groups
+from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
+from .data import load_dataset, reference_samples
+from .evaluate import Comparison, Curve, accuracy, compare, pruning_curve
+from .models import load_model, model_card
+from .prune import Mask, Scores, masked
+from .rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LRP",
+    "Activation",
+    "AlphaBeta",
+    "Comparison",
+    "Components",
+    "Curve",
+    "Epsilon",
+    "Flat",
+    "Gamma",
+    "IntegratedGradients",
+    "Magnitude",
+    "Mask",
+    "Random",
+    "Scores",
+    "Taylor",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "accuracy",
+    "attribute",
+    "compare",
+    "depth_groups",
+    "find_components",
+    "heatmap",
+    "load_dataset",
+    "load_model",
+    "masked",
+    "model_card",
+    "plots",
+    "pruning_curve",
+    "reference_samples",
+]

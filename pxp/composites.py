@@ -1,0 +1,201 @@
+"""Composites: which rule each layer gets. One rule per depth group, as in the paper's search space."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from torchvision.models import ResNet
+from zennit.core import Composite, Hook
+
+from .replica import CONVOLUTIONS, Trace, is_activation
+from .rules import Constant, Identity, Rule, make_rule
+
+GROUPS = ("low", "middle", "high", "fc")
+STARTS = ("logit", "one", "margin", "loss")
+
+
+def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
+    """Assign every layer to ``"low"``, ``"middle"``, ``"high"`` or ``"fc"``.
+
+    The first 25 % of the hidden layers (rounded up) are low, the last 25 % (rounded up) high, the rest middle; hidden
+    layers are the convolutions (in a network without any: all linear layers but the last), the others are fc. For
+    VGG-16 this gives the paper's convolutions 1–4, 5–9, 10–13. torchvision's ResNets are grouped by stage, as in the
+    paper: conv1 and layer1, layer2 and layer3, layer4 (Hatefi et al. 2024, as the method is reported).
+
+    Returns
+    -------
+    dict
+        Layer name → group, in the order in which the layers run.
+    """
+    modules = dict(model.named_modules())
+    hidden = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)] or list(structure.order[:-1])
+    edge = math.ceil(len(hidden) / 4)
+    low, high = set(hidden[:edge]), set(hidden[max(edge, len(hidden) - edge) :])
+    stages = {
+        f"{prefix}{'.' if prefix else ''}{stage}": group
+        for prefix, module in modules.items()
+        if isinstance(module, ResNet)
+        for stage, group in (("layer2", "middle"), ("layer3", "middle"), ("layer4", "high"), ("", "low"))
+    }
+    groups = {}
+    for name in structure.order:
+        stage = next((group for start, group in stages.items() if name.startswith(start)), None)
+        by_depth = "low" if name in low else "high" if name in high else "middle"
+        groups[name] = "fc" if name not in hidden else stage or by_depth
+    return groups
+
+
+class LayerComposite(Composite):
+    """A zennit composite that places rules by layer name; prints which rule each layer got.
+
+    Attributes
+    ----------
+    rules : dict
+        Layer name → hook.
+    groups : dict
+        Layer name → depth group.
+    """
+
+    def __init__(self, rules: dict[str, Hook], groups: dict[str, str]) -> None:
+        super().__init__(module_map=lambda ctx, name, module: rules.get(name))
+        self.rules = rules
+        self.groups = groups
+
+    def __repr__(self) -> str:
+        width = max(len("layer"), *(len(name) for name in self.groups))
+        rows = [f"{'layer':<{width}}  {'group':<6}  rule"]
+        rows += [f"{name:<{width}}  {group:<6}  {self.rules[name]!r}" for name, group in self.groups.items()]
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True, init=False)
+class LRP:
+    """Layer-wise relevance propagation with one rule per depth group.
+
+    Parameters
+    ----------
+    rule : str or Rule, optional
+        One rule for all groups that are not named; default ``"epsilon"``.
+    low, middle, high, fc : str or Rule, optional
+        Rule of the first 25 % of the hidden layers, the middle 50 %, the last 25 %, and the fully connected head; see
+        :func:`depth_groups`. A name (``"epsilon"``, ``"gamma"``, ``"zplus"``, ``"alpha2beta1"``) takes the paper's
+        parameters: ε = 1e-6; γ = 0.25 for convolutions and 0.05 for linear layers; α = 2, β = 1.
+    input : str or Rule, optional
+        Rule of the very first layer, for heatmaps: ``pxp.ZBox(0, 1)``, ``"flat"``, ``"wsquare"``. It changes no
+        component's score.
+    start : {"logit", "one", "margin", "loss"}, default "logit"
+        What the relevance of a sample starts with: the target's logit; 1, as in the paper's public code (the logit's
+        relevance divided by the logit, unstable near 0); the logit minus the largest other one; the cross-entropy loss.
+    path_steps : int, default 1
+        Average the relevance over this many images on the straight way from black to the image; costs as many passes.
+    zero_params : "bias", optional
+        For the rules given by name: leave biases out of the denominators.
+
+    Raises
+    ------
+    ValueError
+        Unknown rule, start or zero_params; ``path_steps`` below 1.
+
+    Examples
+    --------
+    >>> import pxp
+    >>> pxp.LRP("epsilon", low="zplus")
+    LRP(low='zplus', middle='epsilon', high='epsilon', fc='epsilon')
+    """
+
+    low: str | Rule
+    middle: str | Rule
+    high: str | Rule
+    fc: str | Rule
+    input: str | Rule | None
+    start: str
+    path_steps: int
+    zero_params: str | None
+
+    def __init__(
+        self,
+        rule: str | Rule = "epsilon",
+        *,
+        low: str | Rule | None = None,
+        middle: str | Rule | None = None,
+        high: str | Rule | None = None,
+        fc: str | Rule | None = None,
+        input: str | Rule | None = None,
+        start: str = "logit",
+        path_steps: int = 1,
+        zero_params: str | None = None,
+    ) -> None:
+        given = dict(zip(GROUPS, (low, middle, high, fc), strict=True))
+        for group, chosen in given.items():
+            object.__setattr__(self, group, rule if chosen is None else chosen)
+        for name, value in (("input", input), ("start", start), ("path_steps", path_steps), ("zero_params", zero_params)):
+            object.__setattr__(self, name, value)
+        check_start(start)
+        if path_steps < 1:
+            raise ValueError(f"path_steps must be at least 1, got {path_steps}")
+        self._rules()  # a wrong name is an error here, not at the first use
+
+    def _rules(self) -> dict[str, Rule]:
+        chosen = {group: getattr(self, group) for group in (*GROUPS, "input")}
+        return {
+            group: make_rule(rule, self.zero_params if isinstance(rule, str) else None)
+            for group, rule in chosen.items()
+            if rule is not None
+        }
+
+    def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
+        """The zennit composite for one model; its ``repr`` shows which rule each layer got.
+
+        Parameters
+        ----------
+        model : nn.Module
+        structure : Trace, optional
+            Default: found by running the model once.
+
+        Returns
+        -------
+        LayerComposite
+            Its rules work in the form x ⊙ g and must not be mixed with zennit's own, which pass relevance itself on.
+        """
+        if structure is None:
+            from .components import trace_model
+
+            structure = trace_model(model)
+        modules = dict(model.named_modules())
+        groups = depth_groups(model, structure)
+        by_group = self._rules()
+        hooks: dict[str, Hook] = {}
+        for position, (name, group) in enumerate(groups.items()):
+            rule = by_group["input" if position == 0 and "input" in by_group else group].copy()
+            activation = structure.activations.get(name)
+            rule.rectified = activation is not None and type(modules[activation]) is nn.ReLU
+            hooks[name] = rule
+        for name, module in modules.items():
+            if is_activation(module) and not isinstance(module, nn.ReLU | nn.LeakyReLU):
+                hooks[name] = Identity()
+            # the gates of squeeze-and-excitation blocks of torchvision and of timm
+            for gate in ("scale_activation", "gate"):
+                if isinstance(getattr(module, gate, None), nn.Module) and is_activation(getattr(module, gate)):
+                    hooks[f"{name}.{gate}" if name else gate] = Constant()
+        return LayerComposite(hooks, groups)
+
+    def __repr__(self) -> str:
+        rules = [getattr(self, group) for group in GROUPS]
+        parts = (
+            [repr(rules[0])]
+            if all(rule is rules[0] or rule == rules[0] for rule in rules)
+            else [f"{group}={getattr(self, group)!r}" for group in GROUPS]
+        )
+        parts += [f"input={self.input!r}"] if self.input is not None else []
+        parts += [f"start={self.start!r}"] if self.start != "logit" else []
+        parts += [f"path_steps={self.path_steps}"] if self.path_steps != 1 else []
+        parts += [f"zero_params={self.zero_params!r}"] if self.zero_params else []
+        return f"LRP({', '.join(parts)})"
+
+
+def check_start(start: str) -> None:
+    """Raise ValueError unless ``start`` is one of the known ones."""
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r}; allowed: {', '.join(map(repr, STARTS))}")

@@ -1,0 +1,80 @@
+"""The criteria that LRP is compared with. Like :class:`pxp.LRP`, they only state what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .composites import check_start
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """First-order Taylor expansion: activation × gradient (Molchanov et al. 2017).
+
+    On a ReLU network this is LRP-0 with another start.
+
+    Parameters
+    ----------
+    start : {"loss", "logit", "one", "margin"}, default "loss"
+        What is differentiated: the cross-entropy loss as in the source, or as for :class:`pxp.LRP`.
+    """
+
+    start: str = "loss"
+
+    def __post_init__(self) -> None:
+        check_start(self.start)
+
+
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """Gradients at the component, averaged over images on the way from black to the image (Sundararajan et al. 2017).
+
+    Parameters
+    ----------
+    steps : int, default 20
+        Images on the way, the last one being the image itself; costs as many passes.
+    influence : bool, default False
+        False: the averaged gradient times the component's change of activation between black and the image.
+        True: the averaged gradient alone, the internal influence of Leino et al. 2018, as the paper's public code does.
+    start : {"logit", "one", "margin", "loss"}, default "logit"
+        What is differentiated.
+    """
+
+    steps: int = 20
+    influence: bool = False
+    start: str = "logit"
+
+    def __post_init__(self) -> None:
+        check_start(self.start)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Mean activation over space and samples, after the non-linearity where one directly follows (Molchanov et al. 2017)."""
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """L2 norm of a component's incoming weights; looks at no image (Li et al. 2017, with L1).
+
+    Parameters
+    ----------
+    folded : bool, default True
+        Merge BatchNorm into the weights first. Raw weights compare layers on scales that BatchNorm then undoes.
+    """
+
+    folded: bool = True
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform random scores, the chance level.
+
+    Parameters
+    ----------
+    seed : int, default 0
+    """
+
+    seed: int = 0

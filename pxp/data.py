@@ -1,0 +1,271 @@
+"""Images and labels: the shipped subsets of Fashion-MNIST, the full data set, and reference samples."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+ASSETS = Path(str(files("pxp") / "assets"))
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+# SHA-256 over the raw bytes of (train images, train labels, test images, test labels) of the original release.
+FASHION_MNIST_SHA256 = "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"
+
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+class Split(NamedTuple):
+    """Images with their labels; unpacks as ``images, labels = split``.
+
+    Attributes
+    ----------
+    images : Tensor
+        float32, (samples, channels, height, width), values in [0, 1].
+    labels : Tensor
+        int64, (samples,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.labels)
+        return (
+            f"Split({len(self.labels):,} images of shape {tuple(self.images.shape[1:])}, "
+            f"{int((counts > 0).sum())} classes)"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class ImageData:
+    """Three disjoint splits of one data set.
+
+    Attributes
+    ----------
+    name : str
+        Name that was given to :func:`load_dataset`.
+    classes : tuple of str
+        Class names, in the order of the labels.
+    reference : Split
+        Training images; reference samples are drawn from here.
+    tune : Split
+        Held out of training; hyperparameters are chosen here.
+    eval : Split
+        Test images; only used for what is reported.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    reference: Split
+    tune: Split
+    eval: Split
+
+    def __repr__(self) -> str:
+        rows = "\n".join(f"  {part:<10}{getattr(self, part)!r}" for part in ("reference", "tune", "eval"))
+        return f"{self.name}, {len(self.classes)} classes\n{rows}"
+
+
+def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str | Path | None = None) -> ImageData:
+    """Load a data set, split so that nothing is tuned on what is reported.
+
+    Parameters
+    ----------
+    name : {"fashion-mnist"}
+        Fashion-MNIST [1]_, 28 × 28 grey images of ten kinds of clothes.
+    full : bool, default False
+        False: the balanced subsets that ship with the package: reference 100 images per class, tune 100 per class
+        (no network was trained on them), eval 200 per class (test images). No file but the package's is read.
+        True: all 70,000 images; reference is the 59,000 training images, tune the same 1,000 as above, eval the
+        10,000 test images.
+    root : path, optional
+        Only with ``full=True``: a folder with the four original ``*-ubyte`` files (gzipped or not), or one in
+        torchvision's layout. Default: torchvision downloads into ``~/.cache/pxp``.
+
+    Returns
+    -------
+    ImageData
+        With the splits ``reference``, ``tune`` and ``eval``; images float32 (N, 1, 28, 28) in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Unknown name, or files whose content is not the original release (checked by hash).
+    FileNotFoundError
+        ``root`` holds no copy of the files and they cannot be downloaded.
+
+    References
+    ----------
+    .. [1] Xiao, Rasul, Vollgraf. Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms.
+       arXiv:1708.07747, 2017. MIT licence.
+    """
+    if name != "fashion-mnist":
+        raise ValueError(f"unknown data set {name!r}; available: 'fashion-mnist'")
+    if root is not None and not full:
+        raise ValueError("root is only read with full=True; the shipped subsets need none")
+    packed = _read_subsets(ASSETS / "fashion-mnist.npz")
+    if not full:
+        parts = {
+            part: _split(packed[f"{part}_images"], packed[f"{part}_labels"]) for part in ("reference", "tune", "eval")
+        }
+        return ImageData(name, FASHION_MNIST_CLASSES, **parts)
+    train_images, train_labels, test_images, test_labels = _read_full(root)
+    tune = packed["tune_index"]
+    rest = np.setdiff1d(np.arange(len(train_labels)), tune)
+    return ImageData(
+        name,
+        FASHION_MNIST_CLASSES,
+        reference=_split(train_images[rest], train_labels[rest]),
+        tune=_split(train_images[tune], train_labels[tune]),
+        eval=_split(test_images, test_labels),
+    )
+
+
+def reference_samples(
+    data: tuple[Tensor, Tensor] | Dataset,
+    per_class: int = 10,
+    classes: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Split:
+    """Draw the images whose explanations score the components: the same number of each class.
+
+    Parameters
+    ----------
+    data : (images, labels) or map-style Dataset
+        Images (N, ...) and integer labels (N,); or any dataset of (image, label), whose ``targets`` (torchvision's
+        name) are used if it has them, so that only the drawn images are read.
+    per_class : int, default 10
+        Samples per class; the paper's headline runs use 10.
+    classes : sequence of int, optional
+        Classes to draw from; default all that occur.
+    seed : int, default 0
+        The same seed draws the same samples; with the same seed, a smaller ``per_class`` draws a subset.
+
+    Returns
+    -------
+    Split
+        ``len(classes) * per_class`` samples, ordered by class.
+
+    Raises
+    ------
+    ValueError
+        If a class has too few samples or does not occur, if ``per_class`` is below 1, if ``data`` is empty.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    if isinstance(data, tuple):
+        labels = torch.as_tensor(data[1])
+        if len(data[0]) != len(labels):
+            raise ValueError(f"got {len(data[0])} images but {len(labels)} labels")
+    else:
+        targets = getattr(data, "targets", None)
+        labels = torch.as_tensor([label for _, label in data] if targets is None else targets)  # type: ignore[attr-defined]
+    if len(labels) == 0:
+        raise ValueError("cannot draw reference samples: the data are empty")
+    wanted = labels.unique().tolist() if classes is None else [int(c) for c in classes]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for c in wanted:
+        members = (labels == c).nonzero().flatten()
+        if len(members) < per_class:
+            raise ValueError(f"class {c} has {len(members)} samples, fewer than per_class={per_class}")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    index = torch.cat(chosen)
+    if isinstance(data, tuple):
+        return Split(data[0][index], labels[index].long())
+    return Split(torch.stack([torch.as_tensor(data[i][0]) for i in index.tolist()]), labels[index].long())
+
+
+def batches(
+    data: tuple[Tensor, Tensor] | Dataset | DataLoader, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over ``data`` in order as (images, labels) batches; a DataLoader keeps its own batches."""
+    if isinstance(data, tuple):
+        yield from zip(data[0].split(batch_size), data[1].split(batch_size), strict=True)
+    elif isinstance(data, DataLoader):
+        for images, labels in data:
+            yield images, torch.as_tensor(labels)
+    else:
+        yield from DataLoader(data, batch_size=batch_size)
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(
+        torch.from_numpy(np.array(images)).unsqueeze(1).float() / 255, torch.from_numpy(np.array(labels)).long()
+    )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def verify(path: Path) -> dict:
+    """Return the card (``path`` with suffix ``.json``) of a shipped file after comparing the file with its hash."""
+    card_path = path.with_suffix(".json")
+    for needed in (path, card_path):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed} is missing; reinstall pxp (its data files ship with the package)")
+    card = json.loads(card_path.read_text())
+    if sha256(path) != card["sha256"]:
+        raise ValueError(f"{path} does not have the SHA-256 of its card {card_path.name}: damaged or replaced file")
+    return card
+
+
+def _read_subsets(path: Path) -> dict[str, np.ndarray]:
+    verify(path)
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _read_full(root: str | Path | None) -> tuple[np.ndarray, ...]:
+    from torchvision.datasets import FashionMNIST
+
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path.home() / ".cache" / "pxp" if root is None else Path(root)
+        packed = [next(base.glob(f"{stem}*"), None) for stem in _IDX_FILES]
+        download = root is None
+        if all(packed):
+            # torchvision reads only its own layout of unpacked files, and root may be read-only
+            raw = Path(scratch) / "FashionMNIST" / "raw"
+            raw.mkdir(parents=True)
+            for file, stem in zip(packed, _IDX_FILES, strict=True):
+                assert file is not None
+                with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as source:
+                    with open(raw / stem, "wb") as target:
+                        shutil.copyfileobj(source, target)
+            base = Path(scratch)
+        try:
+            train, test = (FashionMNIST(str(base), train=part, download=download) for part in (True, False))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"no readable copy of Fashion-MNIST in {base} ({error}). Put the four original files "
+                f"({', '.join(stem + '.gz' for stem in _IDX_FILES)}) into a folder and pass root=<that folder>; "
+                "Debian's package dataset-fashion-mnist installs them in /usr/share/datasets/fashion-mnist"
+            ) from error
+        arrays = tuple(a.numpy() for a in (train.data, train.targets, test.data, test.targets))
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(a, dtype=np.uint8).tobytes() for a in arrays)).hexdigest()
+    if digest != FASHION_MNIST_SHA256:
+        raise ValueError(f"the files in {root} are not the original release of Fashion-MNIST (SHA-256 {digest})")
+    return arrays

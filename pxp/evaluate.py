@@ -1,0 +1,339 @@
+"""What pruning costs: accuracy, pruning curves, and whether two criteria really differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .data import batches
+from .prune import Mask, Scores, masked
+from .replica import evaluating, fold_batch_norm, replica
+
+RATES = tuple(round(0.05 * step, 2) for step in range(20))
+
+
+def accuracy(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    *,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 256,
+) -> float:
+    """Top-1 accuracy in evaluation mode; afterwards every module has the mode it had.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Output (batch, classes).
+    data : (images, labels), DataLoader or Dataset
+    classes : sequence of int, optional
+        Restrict the task: only samples of these classes, and the logits sliced to them (a zeroed logit would still
+        be a rival of negative ones).
+    batch_size : int, default 256
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    ValueError
+        No sample (of these classes); a class that the model does not have; an output that is not (batch, classes).
+    """
+    return float(_hits(model, data, classes, batch_size).double().mean())
+
+
+@torch.no_grad()
+def _hits(model: nn.Module, data, classes: Sequence[int] | None, batch_size: int) -> Tensor:
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    wanted = None if classes is None else torch.as_tensor(list(classes))
+    if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):
+        raise ValueError(f"classes must be distinct class indices, got {list(classes or [])}")
+    hits = []
+    with evaluating(model):
+        for images, labels in batches(data, batch_size):
+            labels = torch.as_tensor(labels)
+            if wanted is not None:
+                members = torch.isin(labels, wanted)
+                images, labels = images[members], labels[members]
+                labels = (labels[:, None] == wanted).int().argmax(1)
+            if len(labels) == 0:
+                continue
+            logits = model(images if reference is None else images.to(reference))
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
+            highest = int(labels.max()) if wanted is None else int(wanted.max())
+            if highest >= logits.shape[1] or (wanted is not None and int(wanted.min()) < 0):
+                raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")
+            chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
+            hits.append(chosen.argmax(1).cpu() == labels.cpu())
+    if not hits:
+        raise ValueError("there is no sample to evaluate" + ("" if classes is None else f" of classes {list(classes)}"))
+    return torch.cat(hits)
+
+
+@dataclass(frozen=True, repr=False)
+class Curve:
+    """Accuracy at growing pruning rates, for one or several sets of reference samples.
+
+    Attributes
+    ----------
+    rates : tuple of float
+    runs : tuple of tuple of float
+        Accuracy per run (row) and rate (column).
+    criterion : str
+        What ranked the components.
+    settings : dict
+        How they were selected.
+    """
+
+    rates: tuple[float, ...]
+    runs: tuple[tuple[float, ...], ...]
+    criterion: str = ""
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.runs or any(len(run) != len(self.rates) for run in self.runs):
+            raise ValueError(f"every run needs one accuracy for each of the {len(self.rates)} rates")
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """Mean over runs, (rates,)."""
+        return np.mean(self.runs, axis=0)
+
+    @property
+    def a_pr_runs(self) -> np.ndarray:
+        """A_PR of each run, (runs,)."""
+        return np.mean(self.runs, axis=1)
+
+    @property
+    def a_pr(self) -> float:
+        """A_PR: mean accuracy over the rates (Hatefi et al. 2024, as reported); at most 1."""
+        return float(np.mean(self.runs))
+
+    @property
+    def area(self) -> float:
+        """Area by the trapezoid rule, as in the paper's public code; at most the last rate minus the first."""
+        return float(np.trapezoid(self.accuracy, self.rates))
+
+    def top_pr(self, share: float = 0.95) -> float:
+        """Highest rate up to which the accuracy never falls below ``share`` of that at the first rate (in runs' mean)."""
+        good = self.accuracy >= share * self.accuracy[0]
+        return self.rates[int(np.argmin(good)) - 1] if not good.all() else self.rates[-1]
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap interval of the mean accuracy at each rate, over runs; two arrays (rates,)."""
+        return _bootstrap(np.asarray(self.runs), level)
+
+    def a_pr_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval of A_PR over runs."""
+        low, high = _bootstrap(self.a_pr_runs[:, None], level)
+        return float(low[0]), float(high[0])
+
+    def plot(self, ax=None, **kwargs):
+        """Draw accuracy against pruning rate; see :func:`pxp.plots.curves`."""
+        from . import plots
+
+        return plots.curves({self.criterion or "curve": self}, ax=ax, **kwargs)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curve:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            The file is no such JSON.
+        """
+        try:
+            entries = json.loads(Path(path).read_text())
+            return cls(
+                tuple(entries["rates"]),
+                tuple(tuple(run) for run in entries["runs"]),
+                entries["criterion"],
+                entries["settings"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no curve written by pxp: {error}") from error
+
+    def __repr__(self) -> str:
+        low, high = self.a_pr_interval()
+        spread = f" [{low:.3f}, {high:.3f}]" if len(self.runs) > 1 else ""
+        return (
+            f"Curve({self.criterion or 'unnamed'}, {len(self.runs)} run{'s' if len(self.runs) > 1 else ''}: "
+            f"A_PR {self.a_pr:.3f}{spread}, Top-PR {self.top_pr():.0%}, unpruned {self.accuracy[0]:.3f})"
+        )
+
+
+def pruning_curve(
+    model: nn.Module,
+    scores: Scores | Sequence[Scores],
+    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    *,
+    rates: Sequence[float] = RATES,
+    classes: Sequence[int] | None = None,
+    by: str = "magnitude",
+    order: str = "least",
+    scope: str = "global",
+    min_keep: int = 0,
+    batch_size: int = 100,
+    progress: bool = True,
+) -> Curve:
+    """Prune more and more and measure the accuracy, without retraining.
+
+    Parameters
+    ----------
+    model : nn.Module
+    scores : Scores or sequence of Scores
+        Several (one per seed) give the curve its interval.
+    data : (images, labels), DataLoader or Dataset
+        Images that neither training nor tuning has seen.
+    rates : sequence of float
+        Default the paper's 20: 0, 0.05, …, 0.95.
+    classes : sequence of int, optional
+        See :func:`accuracy`.
+    by, order, scope, min_keep
+        See :meth:`Scores.select`.
+    batch_size : int, default 100
+        Small batches stay in the processor's cache.
+    progress : bool, default True
+        Show a bar when it takes longer than five seconds.
+
+    Returns
+    -------
+    Curve
+
+    Raises
+    ------
+    ValueError
+        No scores or no rates, and as :meth:`Scores.select` and :func:`accuracy`.
+    """
+    several = [scores] if isinstance(scores, Scores) else list(scores)
+    if not several or not rates:
+        raise ValueError("a pruning curve needs at least one Scores and one rate")
+    settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep}
+    masks = [[one.select(rate, **settings) for rate in rates] for one in several]  # type: ignore[arg-type]
+    bar = tqdm(total=len(several) * len(rates), desc="prune", delay=5, leave=False, disable=not progress)
+    known: dict[bytes, float] = {}  # runs share the unpruned network, and sometimes a whole mask
+    runs = []
+    with bar:
+        for row in masks:
+            run = []
+            for mask in row:
+                key = torch.cat(list(mask.values())).numpy().tobytes()
+                if key not in known:
+                    with _silenced_replica(model, mask) as pruned:
+                        known[key] = accuracy(pruned, data, classes=classes, batch_size=batch_size)
+                run.append(known[key])
+                bar.update()
+            runs.append(tuple(run))
+    return Curve(tuple(rates), tuple(runs), several[0].criterion, settings)
+
+
+@contextmanager
+def _silenced_replica(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
+    """The masked model, computed faster: BatchNorm merged, the pruned rows zeroed, and channels last.
+
+    What cannot be written into a replica's weights is masked as in :func:`pxp.masked`.
+    """
+    mask.units.check(model)
+    twin = replica(model)
+    fold_batch_norm(twin, mask.units.trace)
+    modules = dict(twin.named_modules())
+    rest = {name: torch.ones_like(kept) for name, kept in mask.items()}
+    for name, kept in mask.items():
+        layer, sites = modules[name], mask.units[name].site
+        if sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
+            for part, tensor in layer.named_parameters(recurse=False):
+                keep = kept.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
+                setattr(layer, part, nn.Parameter(tensor * keep, requires_grad=False))
+        else:
+            rest[name] = kept
+    if all(p.ndim < 5 for p in twin.parameters()):
+        twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with masked(twin, Mask(mask.units, rest)):
+        yield twin
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Paired difference of two curves' A_PR over the same seeds.
+
+    Attributes
+    ----------
+    difference : float
+        Mean of first minus second.
+    low, high : float
+        95 % bootstrap interval of the mean.
+    p_value : float
+        Two-sided sign-flip permutation test of no difference.
+    runs : int
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    runs: int
+
+    def __repr__(self) -> str:
+        return (
+            f"A_PR difference {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], "
+            f"p = {self.p_value:.3f}, {self.runs} paired runs"
+        )
+
+
+def compare(first: Curve, second: Curve) -> Comparison:
+    """Test whether two criteria differ in A_PR, run by run.
+
+    Parameters
+    ----------
+    first, second : Curve
+        Run i of both must have used the same reference samples; a curve with one run (a criterion without samples) is
+        compared with every run of the other.
+
+    Returns
+    -------
+    Comparison
+        With n runs the p-value cannot be below 2 / 2ⁿ.
+
+    Raises
+    ------
+    ValueError
+        Other rates; other numbers of runs; fewer than two pairs.
+    """
+    if first.rates != second.rates:
+        raise ValueError("the two curves have different rates")
+    a, b = first.a_pr_runs, second.a_pr_runs
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise ValueError(f"cannot pair {len(a)} runs with {len(b)}")
+    difference = a - b
+    if len(difference) < 2:
+        raise ValueError("a paired test needs at least two runs")
+    low, high = _bootstrap(difference[:, None], 0.95)
+    test = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
+    return Comparison(float(difference.mean()), float(low[0]), float(high[0]), float(test.pvalue), len(difference))
+
+
+def _bootstrap(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval of the mean over the first axis; (columns,) each."""
+    if len(values) < 2:
+        return values[0], values[0]
+    result = stats.bootstrap((values,), np.mean, axis=0, confidence_level=level, method="percentile", rng=0)
+    return result.confidence_interval.low, result.confidence_interval.high

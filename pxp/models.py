@@ -1,0 +1,136 @@
+"""The networks of the book: small, over-parameterised, trained; loaded from safetensors with their model cards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.vgg import make_layers
+
+from .data import ASSETS, verify
+
+
+class VGG(nn.Module):
+    """A VGG with BatchNorm for 28 × 28 grey images: seven 3 × 3 convolutions and three linear layers.
+
+    The layout and the names are torchvision's (``features``, ``avgpool``, ``classifier``); only the widths differ.
+    Input float (N, 1, 28, 28), output logits (N, ``num_classes``).
+    """
+
+    widths = (16, 16, "M", 48, 48, "M", 96, 96, 96, "M")
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.features = make_layers([*self.widths], batch_norm=True)
+        stem = self.features[0]
+        assert isinstance(stem, nn.Conv2d)
+        self.features[0] = nn.Conv2d(1, stem.out_channels, kernel_size=3, padding=1)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.classifier = nn.Sequential(
+            nn.Linear(96, 128),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.2),
+            nn.Linear(128, 128),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.2),
+            nn.Linear(128, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+class SmallResNet(ResNet):
+    """torchvision's ResNet-18 layout, narrower and with a stem for 28 × 28 grey images (no early downsampling).
+
+    Input float (N, 1, 28, 28), output logits (N, ``num_classes``).
+    """
+
+    widths = (16, 32, 64, 96)
+    blocks = (2, 2, 2, 2)
+
+    def __init__(self, num_classes: int = 10) -> None:
+        # ResNet.__init__ hard-codes the widths, so only its forward and _make_layer are inherited
+        nn.Module.__init__(self)
+        self._norm_layer = nn.BatchNorm2d
+        self.inplanes, self.dilation, self.groups, self.base_width = self.widths[0], 1, 1, 64
+        self.conv1 = nn.Conv2d(1, self.inplanes, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        for index, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True), start=1):
+            setattr(self, f"layer{index}", self._make_layer(BasicBlock, width, blocks, stride=1 if index == 1 else 2))
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(self.widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+SHIPPED: dict[str, type[nn.Module]] = {"vgg": VGG, "resnet": SmallResNet}
+
+
+def load_model(name: str, *, weights: str | None = None, folder: str | Path | None = None) -> nn.Module:
+    """Load a network in eval mode.
+
+    Parameters
+    ----------
+    name : str
+        ``"vgg"`` or ``"resnet"``: trained on Fashion-MNIST and shipped with the package (float32 after loading).
+        ``"torchvision/<model>"`` or ``"timm/<model>"``: that library's model.
+    weights : str, optional
+        Only for the libraries' models: torchvision's weights name (``"DEFAULT"``), or ``"pretrained"`` for timm.
+        Default: random initial weights; nothing is downloaded.
+    folder : path, optional
+        Only for shipped names: read ``<name>.safetensors`` and its card from here instead of the package.
+
+    Returns
+    -------
+    nn.Module
+        In eval mode, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        Unknown name, or a checkpoint whose SHA-256 differs from its card.
+    FileNotFoundError
+        The checkpoint or its card is missing.
+    """
+    if name in SHIPPED:
+        if weights is not None:
+            raise ValueError(f"{name!r} is shipped with its own weights; weights={weights!r} has no meaning here")
+        path = Path(folder or ASSETS) / f"{name}.safetensors"
+        verify(path)
+        model = SHIPPED[name]()
+        state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+        model.load_state_dict(state)
+        return model.eval()
+    library, _, rest = name.partition("/")
+    if library == "torchvision" and rest:
+        import torchvision
+
+        return torchvision.models.get_model(rest, weights=weights).eval()
+    if library == "timm" and rest:
+        import timm
+
+        return timm.create_model(rest, pretrained=weights is not None).eval()
+    raise ValueError(
+        f"unknown model {name!r}; shipped: {', '.join(map(repr, SHIPPED))}; "
+        "or 'torchvision/<name>' or 'timm/<name>'. Your own nn.Module needs no loading: pass it to pxp as it is"
+    )
+
+
+def model_card(name: str) -> dict:
+    """The card of a shipped network: parameters, recipe, seed, data split, accuracy on the 10,000 test images, hash.
+
+    Raises
+    ------
+    ValueError
+        If no network of that name ships with the package.
+    """
+    if name not in SHIPPED:
+        raise ValueError(f"no shipped network {name!r}; available: {', '.join(map(repr, SHIPPED))}")
+    return verify(ASSETS / f"{name}.safetensors")

@@ -1,0 +1,184 @@
+"""Figures of the book: one style, colour-blind safe, legible on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .evaluate import Curve
+    from .prune import Mask, Scores
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart, darkest first
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
+MARKERS = "osD^vXP*"
+
+STYLE = {
+    "figure.figsize": (7.0, 4.2),
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelsize": 13,
+    "axes.titlesize": 13,
+    "grid.color": "#dddddd",
+    "font.size": 12,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "lines.linewidth": 2.0,
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+}
+
+
+def use_style() -> None:
+    """Set the book's figure style (matplotlib's rcParams) and its colour cycle."""
+    import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    plt.rcParams.update({**STYLE, "axes.prop_cycle": cycler(color=COLORS)})
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        return plt.subplots()[1]
+
+
+def curves(named: Mapping[str, Curve], ax: Axes | None = None, *, chance: float | None = None) -> Axes:
+    """Accuracy against pruning rate for several criteria, with 95 % bands where there are several runs.
+
+    Parameters
+    ----------
+    named : mapping of str to Curve
+        Legend label → curve.
+    ax : Axes, optional
+        Default: a new figure.
+    chance : float, optional
+        Draw the accuracy of guessing.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax)
+    for index, (label, curve) in enumerate(named.items()):
+        rates = 100 * np.asarray(curve.rates)
+        ax.plot(
+            rates,
+            100 * curve.accuracy,
+            color=COLORS[index % len(COLORS)],
+            linestyle=LINES[index % len(LINES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            label=f"{label} ({curve.a_pr:.2f})",
+        )
+        if len(curve.runs) > 1:
+            low, high = curve.interval()
+            ax.fill_between(rates, 100 * low, 100 * high, color=COLORS[index % len(COLORS)], alpha=0.18, linewidth=0)
+    if chance is not None:
+        ax.axhline(100 * chance, color="#666666", linewidth=1, linestyle=":")
+        ax.text(0, 100 * chance + 1, "guessing", color="#555555", fontsize=10)
+    ax.set(xlabel="pruned components (%)", ylabel="accuracy (%)", ylim=(0, 100))
+    ax.legend(title="criterion (A_PR)")
+    return ax
+
+
+def kept_per_layer(named: Mapping[str, Mask], ax: Axes | None = None) -> Axes:
+    """Share of components that each mask keeps, layer by layer: look here before believing a curve."""
+    ax = _axes(ax)
+    width = 0.8 / len(named)
+    for index, (label, mask) in enumerate(named.items()):
+        shares = [100 * float(kept.double().mean()) for kept in mask.values()]
+        where = np.arange(len(shares)) + (index - (len(named) - 1) / 2) * width
+        ax.bar(where, shares, width, color=COLORS[index % len(COLORS)], label=label)
+    names = list(next(iter(named.values())))
+    ax.set_xticks(np.arange(len(names)), names, rotation=60, ha="right", fontsize=10)
+    ax.set(ylabel="kept components (%)", xlabel="layer, in the order of execution", ylim=(0, 105))
+    ax.grid(axis="x", visible=False)
+    if len(named) > 1:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=min(3, len(named)))
+    return ax
+
+
+def scores_per_layer(scores: Scores, ax: Axes | None = None, *, signed: bool = False) -> Axes:
+    """Every component's score as a point, by layer; logarithmic unless ``signed``."""
+    ax = _axes(ax)
+    values = scores.signed if signed else scores
+    generator = np.random.default_rng(0)
+    for index, tensor in enumerate(values.values()):
+        jitter = index + generator.uniform(-0.3, 0.3, len(tensor))
+        ax.scatter(jitter, tensor.numpy(), s=10, alpha=0.6, color=COLORS[0], linewidths=0)
+    ax.set_xticks(np.arange(len(values)), list(values), rotation=60, ha="right", fontsize=10)
+    ax.set(xlabel="layer, in the order of execution", ylabel="mean relevance" if signed else "mean |relevance|")
+    if not signed:
+        ax.set_yscale("log")
+    return ax
+
+
+def heatmaps(
+    images: Tensor, relevances: Mapping[str, Tensor], titles: Sequence[str] = (), *, percentile: float = 99.5
+) -> Figure:
+    """A row per image: the image, then its heatmap by each criterion; red speaks for the class, blue against it.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, C, H, W), shown in grey or, with three channels, in colour; values are expected in [0, 1].
+    relevances : mapping of str to Tensor
+        Column title → relevance of the images' shape. Each heatmap has its own symmetric scale.
+    titles : sequence of str
+        One for each image.
+    percentile : float, default 99.5
+        Percentile of |relevance| at which the colours saturate.
+
+    Returns
+    -------
+    Figure
+    """
+    import matplotlib.pyplot as plt
+
+    rows, columns = len(images), 1 + len(relevances)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 1.85 * rows), squeeze=False)
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes[row, 0].set_title(titles[row] if len(titles) else "image", fontsize=11)
+        for column, (name, relevance) in enumerate(relevances.items(), start=1):
+            pixels = relevance[row].sum(0)
+            limit = float(torch.quantile(pixels.abs().flatten().double(), percentile / 100)) or 1.0
+            axes[row, column].imshow(pixels.numpy(), cmap="seismic", vmin=-limit, vmax=limit)
+            if row == 0:
+                axes[row, column].set_title(name, fontsize=11)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure
+
+
+def image_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int = 8) -> Figure:
+    """Images (N, C, H, W) in a grid, each with an optional title."""
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(images) // columns)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for index, (ax, image) in enumerate(zip(axes.flat, images)):
+        ax.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+        if len(titles):
+            ax.set_title(titles[index], fontsize=10)
+    return figure

@@ -1,0 +1,344 @@
+"""From scores to a pruned network: rank the components, choose which to keep, silence the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .components import Components, Layer
+from .replica import CONVOLUTIONS, Trace
+
+
+class _ByLayer(Mapping[str, Tensor]):
+    """A 1-D tensor per layer of components, in the order in which the layers run."""
+
+    def __init__(self, units: Components, tensors: Mapping[str, Tensor]) -> None:
+        what = type(self).__name__
+        if set(tensors) != set(units):
+            odd = sorted(set(tensors) ^ set(units))
+            raise ValueError(f"{what} and components name different layers: {', '.join(odd)}")
+        for name, layer in units.items():
+            if tensors[name].shape != (layer.size,):
+                raise ValueError(
+                    f"{what} of layer {name!r} must have shape ({layer.size},), got {tuple(tensors[name].shape)}"
+                )
+        self.units = units
+        self._tensors = {name: tensors[name] for name in units}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise KeyError(f"no layer {name!r}; there are {', '.join(self._tensors)}")
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Mask(_ByLayer):
+    """Which components are kept: one bool tensor per layer, True = kept.
+
+    Parameters
+    ----------
+    units : Components
+    kept : mapping of str to Tensor
+        bool, (size,) per layer.
+
+    Raises
+    ------
+    ValueError
+        Layers, sizes or dtypes that do not fit ``units``.
+    """
+
+    def __init__(self, units: Components, kept: Mapping[str, Tensor]) -> None:
+        super().__init__(units, kept)
+        for name, tensor in kept.items():
+            if tensor.dtype != torch.bool:
+                raise ValueError(f"mask of layer {name!r} must be bool, got {tensor.dtype}")
+
+    @property
+    def kept(self) -> int:
+        """Number of kept components."""
+        return sum(int(tensor.sum()) for tensor in self.values())
+
+    @property
+    def rate(self) -> float:
+        """Fraction of components that are pruned."""
+        return 1 - self.kept / self.units.total
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors."""
+        _save(path, "mask", self.units, {"kept": self})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            Not a file of this kind, or damaged.
+        """
+        units, tensors, _ = _load(path, "mask")
+        return cls(units, tensors["kept"])
+
+    def __repr__(self) -> str:
+        width = max(len("layer"), *(len(name) for name in self))
+        rows = [
+            f"{self.kept:,} of {self.units.total:,} {self.units.kind}s kept ({self.rate:.1%} pruned)",
+            f"  {'layer':<{width}}  kept  of",
+        ]
+        rows += [f"  {name:<{width}}  {int(kept.sum()):4}  {len(kept)}" for name, kept in self.items()]
+        return "\n".join(rows)
+
+
+class Scores(_ByLayer):
+    """The score of every component: ``scores[layer]`` by magnitude, ``scores.signed[layer]`` signed.
+
+    Parameters
+    ----------
+    units : Components
+    magnitude, signed : mapping of str to Tensor
+        float, (size,) per layer.
+    criterion : str
+        What computed them.
+    samples : int
+        Number of reference samples that were seen (0: none is needed).
+
+    Raises
+    ------
+    ValueError
+        Layers or sizes that do not fit ``units``; NaN or infinite scores (the layers are named).
+    """
+
+    def __init__(
+        self,
+        units: Components,
+        magnitude: Mapping[str, Tensor],
+        signed: Mapping[str, Tensor],
+        *,
+        criterion: str = "",
+        samples: int = 0,
+    ) -> None:
+        super().__init__(units, magnitude)
+        self.signed: Mapping[str, Tensor] = _ByLayer(units, signed)
+        self.criterion = criterion
+        self.samples = samples
+        broken = [n for n in self if not bool((self[n].isfinite() & self.signed[n].isfinite()).all())]
+        if broken:
+            raise ValueError(
+                f"scores by {criterion or 'this criterion'} are NaN or infinite in layers {', '.join(broken)}; "
+                "the numbers overflowed: use float32 or float64, or another rule"
+            )
+
+    def select(
+        self,
+        rate: float | None = None,
+        *,
+        count: int | None = None,
+        by: str = "magnitude",
+        order: str = "least",
+        scope: str = "global",
+        min_keep: int = 0,
+    ) -> Mask:
+        """Choose the components to prune.
+
+        Parameters
+        ----------
+        rate : float
+            Fraction to prune, in [0, 1]; the number is rounded to the nearest integer.
+        count : int
+            Number to prune, instead of ``rate``; with ``scope="layer"`` in every layer.
+        by : {"magnitude", "signed"}
+            ``"magnitude"``: relevance near zero goes first. ``"signed"``: the most negative goes first.
+        order : {"least", "most"}
+            Prune the lowest scores first, or (to see what that destroys) the highest.
+        scope : {"global", "layer"}
+            Rank all components together, or each layer by itself.
+        min_keep : int, default 0
+            Components that every layer keeps whatever the rate; prevents a dead layer. The rate is then not reached
+            where too little is left to prune.
+
+        Returns
+        -------
+        Mask
+            Masks of growing rates are nested. Ties go to the earlier layer and the lower index.
+
+        Raises
+        ------
+        ValueError
+            A value that is not among the allowed ones, or both or neither of ``rate`` and ``count``.
+        """
+        for name, value, allowed in (
+            ("by", by, ("magnitude", "signed")),
+            ("order", order, ("least", "most")),
+            ("scope", scope, ("global", "layer")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if (rate is None) == (count is None):
+            raise ValueError("give either rate or count")
+        if rate is not None and not 0 <= rate <= 1:
+            raise ValueError(f"rate must be in [0, 1], got {rate}")
+        if count is not None and not 0 <= count <= self.units.total:
+            raise ValueError(f"count must be between 0 and {self.units.total}, got {count}")
+        if min_keep < 0:
+            raise ValueError(f"min_keep must not be negative, got {min_keep}")
+
+        scores = self if by == "magnitude" else self.signed
+        keys = {name: values if order == "least" else -values for name, values in scores.items()}
+        groups = [list(keys)] if scope == "global" else [[name] for name in keys]
+        kept = {}
+        for names in groups:
+            key = torch.cat([keys[name] for name in names])
+            number = round(rate * len(key)) if rate is not None else min(count or 0, len(key))
+            if min_keep:
+                # the last of each layer to be pruned are not pruned at all
+                guarded = torch.cat([_last(keys[name], min_keep) for name in names])
+                key = key.masked_fill(guarded, torch.inf)
+                number = min(number, int((~guarded).sum()))
+            keep = torch.ones(len(key), dtype=torch.bool)
+            keep[torch.argsort(key, stable=True)[:number]] = False
+            kept |= dict(zip(names, keep.split([len(keys[name]) for name in names]), strict=True))
+        return Mask(self.units, kept)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors."""
+        extra = {"criterion": self.criterion, "samples": self.samples}
+        _save(path, "scores", self.units, {"magnitude": self, "signed": self.signed}, extra)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            Not a file of this kind, or damaged.
+        """
+        units, tensors, extra = _load(path, "scores")
+        return cls(units, tensors["magnitude"], tensors["signed"], **extra)
+
+    def __repr__(self) -> str:
+        width = max(len("layer"), *(len(name) for name in self))
+        source = f"{self.samples} reference samples" if self.samples else "no reference samples"
+        rows = [
+            f"{self.units.total:,} {self.units.kind}s scored by {self.criterion}, {source}",
+            f"  {'layer':<{width}}  size  {'median':>9}  {'largest':>9}  negative",
+        ]
+        for name, values in self.items():
+            negative = float((self.signed[name] < 0).double().mean())
+            rows.append(
+                f"  {name:<{width}}  {len(values):4}  {values.median():9.3g}  {values.max():9.3g}  {negative:8.0%}"
+            )
+        return "\n".join(rows)
+
+
+def _last(key: Tensor, number: int) -> Tensor:
+    guarded = torch.zeros(len(key), dtype=torch.bool)
+    guarded[torch.argsort(key, stable=True)[max(0, len(key) - number) :]] = True
+    return guarded
+
+
+@contextmanager
+def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
+    """Silence the pruned components while the context lasts; weights are never touched.
+
+    A pruned filter emits exactly zero after its BatchNorm. On exit, also by an exception, the model is what it was.
+    Contexts nest: a component is silent if any of the masks prunes it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model whose components ``mask`` was made for.
+    mask : Mask
+
+    Yields
+    ------
+    nn.Module
+        The same model.
+
+    Raises
+    ------
+    ValueError
+        A mask of another model.
+
+    Examples
+    --------
+    >>> with pxp.masked(model, mask):  # doctest: +SKIP
+    ...     pxp.accuracy(model, data.eval)
+    """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
+    mask.units.check(model)
+    modules = dict(model.named_modules())
+    handles = []
+    try:
+        for name, kept in mask.items():
+            if not bool(kept.all()):
+                for site in mask.units[name].site:
+                    handles.append(modules[site].register_forward_hook(_silence(~kept, modules[name])))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _silence(pruned: Tensor, layer: nn.Module):
+    filters = isinstance(layer, CONVOLUTIONS)
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        off = pruned.to(output.device)
+        return output.masked_fill(off.reshape(-1, *[1] * (output.ndim - 2)) if filters else off, 0)
+
+    return hook
+
+
+def _save(
+    path: str | Path,
+    what: str,
+    units: Components,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    extra: dict | None = None,
+) -> None:
+    tensors = {
+        f"{group}/{name}": tensor.contiguous().clone() for group, by_layer in groups.items() for name, tensor in by_layer.items()
+    }
+    layers = [asdict(layer) for layer in units.values()]
+    header = {"what": what, "kind": units.kind, "layers": layers, "trace": asdict(units.trace), "extra": extra or {}}
+    save_file(tensors, path, metadata={"pxp": json.dumps(header)})
+
+
+def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, Tensor]], dict]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["pxp"])
+            if header["what"] != what:
+                raise ValueError(f"{path} holds {header['what']}, not {what}")
+            tensors: dict[str, dict[str, Tensor]] = {}
+            for key in file.keys():  # noqa: SIM118, safe_open is no mapping
+                group, _, name = key.partition("/")
+                tensors.setdefault(group, {})[name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no file written by pxp, or it is damaged: {error}") from error
+    found = header["trace"]
+    structure = Trace(
+        tuple(found["order"]), {name: tuple(norms) for name, norms in found["norms"].items()}, found["activations"]
+    )
+    layers = [Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]]
+    return Components(header["kind"], layers, structure), tensors, header["extra"]

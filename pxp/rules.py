@@ -1,0 +1,453 @@
+"""LRP rules for linear and convolutional layers, in the form relevance = x ⊙ g.
+
+Write the relevance of a layer's input as R(x) = x ⊙ g, where g is what flows backwards. For LRP-0, g is the ordinary
+gradient (Montavon et al. 2019, section 10.3). Every other rule only rescales what flows through one layer, so each
+rule here is a forward hook that leaves the layer's output values as they are and changes their backward pass. One
+backward pass of autograd then computes all relevances at once.
+
+With input a, weight w, bias b, output z_j = Σ_i a_i w_ij + b_j, upper relevance R_j = z_j g_j, and
+x⁺ = max(x, 0), x⁻ = min(x, 0), every rule has the shape
+
+    R_i = Σ_j c_ij · R_j / stabilised(d_j)
+
+with contributions c_ij and a denominator d_j that the rule's docstring states. They are zennit's definitions
+(Anders et al. 2021), which the tests compare with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from zennit.core import Hook
+
+
+def stabilize(d: Tensor, epsilon: float) -> Tensor:
+    """d + ε·sign(d), with sign(0) = 1: a denominator that is never zero."""
+    return d + torch.where(d < 0, -epsilon, epsilon)
+
+
+def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The module's own forward with other parameters; the module is not touched, its hooks do not run."""
+    twin = copy.copy(module)
+    twin._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+    return twin.forward
+
+
+class _Carry(Function):
+    """A tensor with the values of ``value`` whose gradient goes, scaled, to ``carriers``."""
+
+    @staticmethod
+    def forward(ctx, value: tuple[Tensor], scales: tuple[Tensor, ...], *carriers: Tensor) -> Tensor:
+        ctx.scales = scales
+        return value[0]  # in a tuple, so that autograd sees a new tensor, not an input returned as it is
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return None, None, *(grad * scale for scale in ctx.scales)
+
+
+class Rule(Hook):
+    """Base of all rules: a zennit hook, so that a zennit composite can place it.
+
+    Parameters
+    ----------
+    zero_params : str or list of str, optional
+        ``"bias"`` leaves the bias out of the denominator, so that it absorbs no relevance (zennit's option of the same
+        name). Default: the bias takes its share.
+    epsilon : float, default 1e-6
+        Stabiliser of the denominator.
+
+    Raises
+    ------
+    ValueError
+        Negative ``epsilon``; ``zero_params`` that is not ``"bias"``.
+    """
+
+    def __init__(self, *, zero_params: str | list[str] | None = None, epsilon: float = 1e-6) -> None:
+        super().__init__()
+        names = [zero_params] if isinstance(zero_params, str) else list(zero_params or [])
+        if set(names) - {"bias"}:
+            raise ValueError(f"zero_params may only name 'bias', got {zero_params!r}")
+        if not epsilon >= 0:
+            raise ValueError(f"epsilon must not be negative, got {epsilon}")
+        self.zero_params = names
+        self.epsilon = epsilon
+        # set by a composite that knows that a ReLU follows: outputs below 0 then carry no relevance
+        self.rectified = False
+
+    def copy(self) -> Rule:
+        return copy.copy(self)
+
+    def register(self, module: nn.Module):
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            raise TypeError(f"{type(self).__name__} is a rule for linear and convolutional layers, not {module}")
+        return module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        # where no gradient flows below, the rule would have no effect
+        return self.apply(module, inputs[0], output) if inputs[0].requires_grad else None
+
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
+        """Return a tensor with the values of ``output`` whose backward pass is the rule's."""
+        raise TypeError(f"{type(self).__name__} defines no rule")
+
+    def _bias(self, module: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor | float:
+        """The part of the bias that the denominator keeps, shaped like the output's channels."""
+        bias = module.bias
+        if bias is None or self.zero_params:
+            return 0.0
+        return part(_channels(module, bias))  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        options = [f"{value:g}" for value in self._values()]
+        options += ["zero_params='bias'"] if self.zero_params else []
+        return f"{type(self).__name__}({', '.join(options)})"
+
+    def _values(self) -> list[float]:
+        return []
+
+
+def _channels(module: nn.Module, bias: Tensor) -> Tensor:
+    return bias if isinstance(module, nn.Linear) else bias.reshape(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[union-attr,operator]
+
+
+class Epsilon(Rule):
+    """LRP-ε: R_i = Σ_j a_i w_ij R_j / (z_j + ε sign z_j)  (Bach et al. 2015, eq. 58).
+
+    With ε = 0 (LRP-0) a ReLU network's relevance is exactly gradient × input.
+
+    Parameters
+    ----------
+    epsilon : float, default 1e-6
+        Larger values absorb the relevance of weakly activated outputs.
+    zero_params : str or list of str, optional
+        ``"bias"``: the denominator is z_j − b_j.
+
+    Raises
+    ------
+    ValueError
+        Negative ``epsilon``.
+    """
+
+    def __init__(self, epsilon: float = 1e-6, *, zero_params: str | list[str] | None = None) -> None:
+        super().__init__(zero_params=zero_params, epsilon=epsilon)
+
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        z = output.detach()
+        bias = _channels(module, module.bias) if self.zero_params and module.bias is not None else None  # type: ignore[arg-type]
+
+        def scale(grad: Tensor) -> Tensor:
+            if bias is not None:
+                return grad * z / stabilize(z - bias, self.epsilon)
+            ratio = z.abs()  # z / (z + ε sign z) without a sign
+            return ratio.div_(ratio + self.epsilon).mul_(grad) if self.epsilon else grad
+
+        output.register_hook(scale)
+
+    def _values(self) -> list[float]:
+        return [self.epsilon]
+
+
+class _Signed(Rule):
+    """Rules that treat positive and negative contributions a_i w_ij differently.
+
+    Two passes are enough for inputs of any sign: z0 = Σ a w, and the positive contributions
+    q = Σ (a w)⁺ = ½ (Σ a w + Σ |a| |w|); the negative ones are z0 − q. For inputs ≥ 0, q = Σ a w⁺.
+    """
+
+    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Factors for the gradient that goes to z0 (None: nothing) and to q."""
+        raise TypeError(f"{type(self).__name__} defines no rule")
+
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        z = output.detach()
+        z0 = z if module.bias is None else z - _channels(module, module.bias)  # type: ignore[arg-type]
+        if bool((x.detach() >= 0).all()):
+            q = with_parameters(module, weight.clamp(min=0), None)(x)
+            to_z0, to_q = self.scales(module, z, z0, q.detach())
+            return _Carry.apply((z,), (to_q,), q) if to_z0 is None else _Carry.apply((z,), (to_z0, to_q), output, q)
+        m = with_parameters(module, weight.abs(), None)(x.abs())
+        to_z0, to_q = self.scales(module, z, z0, (z0 + m.detach()) / 2)
+        half = to_q / 2
+        return _Carry.apply((z,), (half if to_z0 is None else to_z0 + half, half), output, m)
+
+
+class Gamma(_Signed):
+    """LRP-γ, generalised to inputs and outputs of any sign (Montavon et al. 2019; Andéol et al. 2021).
+
+    Positive outputs: contributions a⁺(w + γw⁺) + a⁻(w + γw⁻), denominator their sum + b + γb⁺.
+    Negative outputs: contributions a⁺(w + γw⁻) + a⁻(w + γw⁺), denominator their sum + b + γb⁻.
+    γ = 0 is LRP-0, γ → ∞ is z⁺ for positive outputs.
+
+    Parameters
+    ----------
+    gamma : float, optional
+        Default None: 0.25 for convolutions and 0.05 for linear layers, as in the paper's search space.
+    zero_params, epsilon
+        See :class:`Rule`.
+
+    Raises
+    ------
+    ValueError
+        Negative ``gamma`` or ``epsilon``.
+    """
+
+    def __init__(
+        self, gamma: float | None = None, *, zero_params: str | list[str] | None = None, epsilon: float = 1e-6
+    ) -> None:
+        super().__init__(zero_params=zero_params, epsilon=epsilon)
+        if gamma is not None and not gamma >= 0:
+            raise ValueError(f"gamma must not be negative, got {gamma}")
+        self.gamma = gamma
+
+    def _gamma(self, module: nn.Module) -> float:
+        if self.gamma is not None:
+            return self.gamma
+        return 0.05 if isinstance(module, nn.Linear) else 0.25
+
+    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        gamma = self._gamma(module)
+        upper = z0 + gamma * q + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
+        lower = z0 + gamma * (z0 - q) + self._bias(module, lambda b: b + gamma * b.clamp(max=0))
+        positive = torch.where(z > 0, z / stabilize(upper, self.epsilon), 0)
+        negative = torch.where(z < 0, z / stabilize(lower, self.epsilon), 0)
+        return positive + (1 + gamma) * negative, gamma * (positive - negative)
+
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        if not self.rectified or not bool((x.detach() >= 0).all()):
+            return super().apply(module, x, output)
+        # only positive outputs matter: one pass with w + γw⁺ carries everything
+        gamma, weight = self._gamma(module), module.weight
+        carrier = with_parameters(module, weight + gamma * weight.clamp(min=0), None)(x)  # type: ignore[operator,union-attr]
+        z = output.detach()
+        upper = carrier.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
+        return _Carry.apply((z,), (torch.where(z > 0, z / stabilize(upper, self.epsilon), 0),), carrier)
+
+    def _values(self) -> list[float]:
+        return [] if self.gamma is None else [self.gamma]
+
+
+class ZPlus(_Signed):
+    """z⁺: contributions (a w)⁺ = a⁺w⁺ + a⁻w⁻, denominator their sum + b⁺  (Montavon et al. 2017; zennit's ZPlus).
+
+    Parameters
+    ----------
+    zero_params, epsilon
+        See :class:`Rule`.
+    """
+
+    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[None, Tensor]:
+        return None, z / stabilize(q + self._bias(module, lambda b: b.clamp(min=0)), self.epsilon)
+
+
+class AlphaBeta(_Signed):
+    """LRP-αβ: α times the positive share minus β times the negative share  (Bach et al. 2015, eq. 60).
+
+    R_i = Σ_j [α (a w)⁺ / (Σ (a w)⁺ + b⁺) − β (a w)⁻ / (Σ (a w)⁻ + b⁻)] R_j.  α = 1, β = 0 is z⁺.
+
+    Parameters
+    ----------
+    alpha, beta : float, default 2 and 1
+        Both ≥ 0 and α − β = 1, so that relevance is conserved.
+    zero_params, epsilon
+        See :class:`Rule`.
+
+    Raises
+    ------
+    ValueError
+        Negative ``alpha`` or ``beta``, or α − β ≠ 1.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        *,
+        zero_params: str | list[str] | None = None,
+        epsilon: float = 1e-6,
+    ) -> None:
+        super().__init__(zero_params=zero_params, epsilon=epsilon)
+        if not (alpha >= 0 and beta >= 0 and abs(alpha - beta - 1) < 1e-9):
+            raise ValueError(f"alpha and beta must be ≥ 0 with alpha − beta = 1, got alpha={alpha}, beta={beta}")
+        self.alpha, self.beta = alpha, beta
+
+    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        positive = z / stabilize(q + self._bias(module, lambda b: b.clamp(min=0)), self.epsilon)
+        negative = z / stabilize(z0 - q + self._bias(module, lambda b: b.clamp(max=0)), self.epsilon)
+        return -self.beta * negative, self.alpha * positive + self.beta * negative
+
+    def _values(self) -> list[float]:
+        return [self.alpha, self.beta]
+
+
+class _Redistribute(Function):
+    """Backward pass of a rule whose relevance does not contain the input as a factor: g = R / x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: tuple[Tensor], rule: _InputRule, module: nn.Module) -> Tensor:
+        ctx.save_for_backward(x, value[0])
+        ctx.rule, ctx.module = rule, module
+        return value[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, z = ctx.saved_tensors
+        with torch.enable_grad():
+            terms = []
+            for sign, tensor, weight, bias in ctx.rule.terms(ctx.module, x.detach()):
+                tensor = tensor.requires_grad_()
+                terms.append((sign, tensor, with_parameters(ctx.module, weight, bias)(tensor)))
+        denominator = sum(sign * out.detach() for sign, _, out in terms)
+        share = z * grad / stabilize(denominator, ctx.rule.epsilon)
+        relevance = torch.zeros_like(x)
+        for sign, tensor, out in terms:
+            (gradient,) = torch.autograd.grad(out, tensor, share)
+            relevance += sign * tensor.detach() * gradient
+        return torch.where(x == 0, 0, relevance / x), None, None, None
+
+
+class _InputRule(Rule):
+    """Rules for the layer that sees the image; :func:`pxp.heatmap` gives them an image without exact zeros."""
+
+    def terms(self, module: nn.Module, x: Tensor) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
+        """(sign, input, weight, bias) of the passes whose signed sum is the denominator."""
+        raise TypeError(f"{type(self).__name__} defines no rule")
+
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        return _Redistribute.apply(x, (output.detach(),), self, module)
+
+    def _kept(self, module: nn.Module) -> Tensor | None:
+        return None if self.zero_params else module.bias  # type: ignore[return-value]
+
+
+class WSquare(_InputRule):
+    """w²: R_i = Σ_j w_ij² / (Σ_i w_ij² + b_j²) R_j  (Montavon et al. 2017). For the first layer only.
+
+    The relevance of inputs that are exactly 0 is lost elsewhere, since g = R / x has no value there.
+
+    Parameters
+    ----------
+    zero_params, epsilon
+        See :class:`Rule`.
+    """
+
+    def terms(self, module: nn.Module, x: Tensor) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
+        bias = self._kept(module)
+        return [(1.0, torch.ones_like(x), module.weight**2, None if bias is None else bias**2)]  # type: ignore[operator]
+
+
+class Flat(_InputRule):
+    """Flat: every input of an output gets the same share (Lapuschkin et al. 2019). For the first layer only.
+
+    Parameters
+    ----------
+    zero_params, epsilon
+        See :class:`Rule`; the bias never takes a share.
+    """
+
+    def terms(self, module: nn.Module, x: Tensor) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
+        return [(1.0, torch.ones_like(x), torch.ones_like(module.weight), None)]  # type: ignore[arg-type]
+
+
+class ZBox(_InputRule):
+    """z^B, for inputs in a box: contributions a w − l w⁺ − h w⁻  (Montavon et al. 2017). For the first layer only.
+
+    Parameters
+    ----------
+    low, high : float or Tensor
+        Smallest and largest possible input value; broadcast against the input (e.g. (1, 3, 1, 1) per channel).
+    zero_params, epsilon
+        See :class:`Rule`.
+
+    Raises
+    ------
+    ValueError
+        If ``low`` exceeds ``high``.
+    """
+
+    def __init__(
+        self,
+        low: float | Tensor = 0.0,
+        high: float | Tensor = 1.0,
+        *,
+        zero_params: str | list[str] | None = None,
+        epsilon: float = 1e-6,
+    ) -> None:
+        super().__init__(zero_params=zero_params, epsilon=epsilon)
+        if bool((torch.as_tensor(low) > torch.as_tensor(high)).any()):
+            raise ValueError(f"low must not exceed high, got low={low}, high={high}")
+        self.low, self.high = low, high
+
+    def terms(self, module: nn.Module, x: Tensor) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
+        weight, bias = module.weight, self._kept(module)
+        low, high = (torch.as_tensor(bound).to(x).expand_as(x).clone() for bound in (self.low, self.high))
+        above, below = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
+        return [
+            (1.0, x.clone(), weight, bias),  # type: ignore[list-item]
+            (-1.0, low, weight.clamp(min=0), above),  # type: ignore[union-attr,operator,list-item]
+            (-1.0, high, weight.clamp(max=0), below),  # type: ignore[union-attr,operator,list-item]
+        ]
+
+    def __repr__(self) -> str:
+        return f"ZBox({self.low}, {self.high})"
+
+
+class Identity(Hook):
+    """Elementwise activations pass relevance on unchanged: f(x) = x · (f(x) / x) with the fraction held constant.
+
+    ReLU and LeakyReLU need no hook, their gradient is f(x) / x already.
+    """
+
+    def register(self, module: nn.Module):
+        return module.register_forward_hook(self._hook)
+
+    @staticmethod
+    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x = inputs[0]
+        if not x.requires_grad:
+            return None
+        value = output.detach()
+        return _Carry.apply((value,), (torch.where(x.detach() == 0, 0, value / x.detach()),), x)
+
+
+class Constant(Hook):
+    """A gate is a constant factor: the signal that it multiplies takes all the relevance (Arras et al. 2017)."""
+
+    def register(self, module: nn.Module):
+        return module.register_forward_hook(lambda module, inputs, output: output.detach())
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "epsilon": Epsilon,
+    "gamma": Gamma,
+    "zplus": ZPlus,
+    "alpha2beta1": AlphaBeta,
+    "flat": Flat,
+    "wsquare": WSquare,
+}
+
+
+def make_rule(rule: str | Rule, zero_params: str | list[str] | None = None) -> Rule:
+    """Turn a rule's name into the rule with its default parameters; a rule is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; ``zero_params`` together with a rule object, which has its own.
+    TypeError
+        Neither a name nor a rule.
+    """
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}; allowed: {', '.join(map(repr, RULES))}, or a rule object")
+        return RULES[rule](zero_params=zero_params)
+    if not isinstance(rule, Rule):
+        raise TypeError(f"a rule is a name or a pxp rule such as pxp.Gamma(0.25), got {rule!r}")
+    if zero_params:
+        raise ValueError(f"give zero_params to the rule itself: {type(rule).__name__}(..., zero_params={zero_params!r})")
+    return rule
