@@ -12,9 +12,7 @@ PER_CLASS = {"reference": 100, "tune": 100, "eval": 200}
 
 
 def draw(labels, pool, per_class, generator):
-    return np.concatenate(
-        [np.sort(generator.permutation(pool[labels[pool] == c])[:per_class]) for c in range(10)]
-    )
+    return np.concatenate([np.sort(generator.permutation(pool[labels[pool] == c])[:per_class]) for c in range(10)])
 
 
 def main(root):

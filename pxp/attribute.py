@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from .data import batches
 from .prune import Scores
 from .replica import CONVOLUTIONS, Trace, fold_batch_norm, replica
 
-Criterion = LRP | Composite | Taylor | IntegratedGradients | Activation | Magnitude | Random
+Criterion: TypeAlias = LRP | Composite | Taylor | IntegratedGradients | Activation | Magnitude | Random
+EPSILON = LRP("epsilon")
 # one component's quantity of one sample, from its output and what flowed back to it (both (N, C, ...) or (N, ..., C))
 Reading = Callable[[Tensor, Tensor], Tensor]
 
@@ -73,20 +75,22 @@ def attribute(
         raise TypeError(f"units must come from pxp.find_components, got {type(units).__name__}")
     if not isinstance(criterion, Criterion):
         raise TypeError(
-            "criterion must be a pxp.LRP, Taylor, IntegratedGradients, Activation, Magnitude or Random object or a zennit "
-            f"composite, got {criterion!r}"
+            "criterion must be a pxp.LRP, Taylor, IntegratedGradients, Activation, Magnitude or Random object or a "
+            f"zennit composite, got {criterion!r}"
         )
     units.check(model)
     if isinstance(criterion, Random):
         generator = torch.Generator().manual_seed(criterion.seed)
-        drawn = {name: torch.rand(layer.size, generator=generator, dtype=torch.float64) for name, layer in units.items()}
+        drawn = {
+            name: torch.rand(layer.size, generator=generator, dtype=torch.float64) for name, layer in units.items()
+        }
         return Scores(units, drawn, drawn, criterion=repr(criterion), samples=0)
 
     with torch.inference_mode(False), torch.enable_grad():
         twin, hooks = _prepare(model, units.trace, criterion)
         if isinstance(criterion, Magnitude):
             modules = dict(twin.named_modules())
-            norms = {name: modules[name].weight.flatten(1).norm(dim=1).double().cpu() for name in units}  # type: ignore[operator,union-attr]
+            norms = {name: modules[name].weight.flatten(1).norm(dim=1).double().cpu() for name in units}
             return Scores(units, norms, norms, criterion=repr(criterion), samples=0)
         signed = {name: torch.zeros(layer.size, dtype=torch.float64) for name, layer in units.items()}
         magnitude = {name: torch.zeros_like(total) for name, total in signed.items()}
@@ -114,7 +118,12 @@ def attribute(
 
 
 def heatmap(
-    model: nn.Module, images: Tensor, targets: Tensor | int, criterion: Criterion = LRP("epsilon"), *, batch_size: int = 32
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor | int,
+    criterion: Criterion = EPSILON,
+    *,
+    batch_size: int = 32,
 ) -> Tensor:
     """Relevance of every input value for the target class.
 
@@ -143,7 +152,9 @@ def heatmap(
         A criterion that explains no input.
     """
     if not isinstance(criterion, LRP | Composite | Taylor | IntegratedGradients):
-        raise TypeError(f"{criterion!r} does not explain inputs; use LRP, Taylor, IntegratedGradients or a zennit composite")
+        raise TypeError(
+            f"{criterion!r} does not explain inputs; use LRP, Taylor, IntegratedGradients or a zennit composite"
+        )
     targets = torch.full((len(images),), targets) if isinstance(targets, int) else targets
     parts = []
     with torch.inference_mode(False), torch.enable_grad():
@@ -224,7 +235,10 @@ def _start(twin: nn.Module, images: Tensor, labels: Tensor, criterion: Criterion
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
     if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes (0 to {logits.shape[1] - 1})")
+        raise ValueError(
+            f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
+            f"(0 to {logits.shape[1] - 1})"
+        )
     target = logits.gather(1, labels[:, None]).squeeze(1)
     if _carries_relevance(criterion):
         return (target * target.detach()).sum()  # each sample starts with its logit as relevance
@@ -357,8 +371,8 @@ def _probe(
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             seen = output.clone() if shield else output.view_as(output)
-            value = output.detach()
-            seen.register_hook(lambda flow: note(name, value, flow))  # type: ignore[misc]
+            value = [output.detach()]  # given up when read, so that memory falls during the backward pass
+            seen.register_hook(lambda flow: note(name, value.pop(), flow))  # type: ignore[misc]
             return seen
 
         return forward

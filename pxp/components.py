@@ -209,6 +209,5 @@ def _layers(kind: str, structure: Trace, modules: dict[str, nn.Module]) -> list[
     ]
 
 
-def _size(module: nn.Module) -> int | None:
-    size = getattr(module, "out_channels", None)
-    return getattr(module, "out_features", None) if size is None else size  # type: ignore[return-value]
+def _size(module: nn.Module) -> int:
+    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))

@@ -130,7 +130,12 @@ class LRP:
         given = dict(zip(GROUPS, (low, middle, high, fc), strict=True))
         for group, chosen in given.items():
             object.__setattr__(self, group, rule if chosen is None else chosen)
-        for name, value in (("input", input), ("start", start), ("path_steps", path_steps), ("zero_params", zero_params)):
+        for name, value in (
+            ("input", input),
+            ("start", start),
+            ("path_steps", path_steps),
+            ("zero_params", zero_params),
+        ):
             object.__setattr__(self, name, value)
         check_start(start)
         if path_steps < 1:

@@ -52,7 +52,10 @@ class IntegratedGradients:
 
 @dataclass(frozen=True)
 class Activation:
-    """Mean activation over space and samples, after the non-linearity where one directly follows (Molchanov et al. 2017)."""
+    """Mean activation over space and samples, after the non-linearity that follows (Molchanov et al. 2017).
+
+    Where no activation module directly takes the output (before a residual sum), the output itself.
+    """
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,7 @@ def reference_samples(
     return Split(torch.stack([torch.as_tensor(data[i][0]) for i in index.tolist()]), labels[index].long())
 
 
-def batches(
-    data: tuple[Tensor, Tensor] | Dataset | DataLoader, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: tuple[Tensor, Tensor] | Dataset | DataLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over ``data`` in order as (images, labels) batches; a DataLoader keeps its own batches."""
     if isinstance(data, tuple):
         yield from zip(data[0].split(batch_size), data[1].split(batch_size), strict=True)

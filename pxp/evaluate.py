@@ -129,7 +129,7 @@ class Curve:
         return float(np.trapezoid(self.accuracy, self.rates))
 
     def top_pr(self, share: float = 0.95) -> float:
-        """Highest rate up to which the accuracy never falls below ``share`` of that at the first rate (in runs' mean)."""
+        """Highest rate up to which the mean accuracy never falls below ``share`` of that at the first rate."""
         good = self.accuracy >= share * self.accuracy[0]
         return self.rates[int(np.argmin(good)) - 1] if not good.all() else self.rates[-1]
 
@@ -266,7 +266,7 @@ def _silenced_replica(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
         else:
             rest[name] = kept
     if all(p.ndim < 5 for p in twin.parameters()):
-        twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        twin = twin.to(memory_format=torch.channels_last)
     with masked(twin, Mask(mask.units, rest)):
         yield twin
 

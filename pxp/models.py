@@ -60,7 +60,7 @@ class SmallResNet(ResNet):
         self.conv1 = nn.Conv2d(1, self.inplanes, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.maxpool = nn.Identity()
         for index, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True), start=1):
             setattr(self, f"layer{index}", self._make_layer(BasicBlock, width, blocks, stride=1 if index == 1 else 2))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
 MARKERS = "osD^vXP*"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (7.0, 4.2),
     "figure.dpi": 100,
     "figure.facecolor": "white",
@@ -177,7 +177,7 @@ def image_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int = 8) 
         figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for index, (ax, image) in enumerate(zip(axes.flat, images)):
+    for index, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
         if len(titles):
             ax.set_title(titles[index], fontsize=10)

@@ -201,7 +201,7 @@ class Scores(_ByLayer):
         scores = self if by == "magnitude" else self.signed
         keys = {name: values if order == "least" else -values for name, values in scores.items()}
         groups = [list(keys)] if scope == "global" else [[name] for name in keys]
-        kept = {}
+        kept: dict[str, Tensor] = {}
         for names in groups:
             key = torch.cat([keys[name] for name in names])
             number = round(rate * len(key)) if rate is not None else min(count or 0, len(key))
@@ -315,7 +315,9 @@ def _save(
     extra: dict | None = None,
 ) -> None:
     tensors = {
-        f"{group}/{name}": tensor.contiguous().clone() for group, by_layer in groups.items() for name, tensor in by_layer.items()
+        f"{group}/{name}": tensor.contiguous().clone()
+        for group, by_layer in groups.items()
+        for name, tensor in by_layer.items()
     }
     layers = [asdict(layer) for layer in units.values()]
     header = {"what": what, "kind": units.kind, "layers": layers, "trace": asdict(units.trace), "extra": extra or {}}
@@ -331,7 +333,7 @@ def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, 
             if header["what"] != what:
                 raise ValueError(f"{path} holds {header['what']}, not {what}")
             tensors: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118, safe_open is no mapping
+            for key in file.keys():
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
@@ -340,5 +342,7 @@ def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, 
     structure = Trace(
         tuple(found["order"]), {name: tuple(norms) for name, norms in found["norms"].items()}, found["activations"]
     )
-    layers = [Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]]
+    layers = [
+        Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]
+    ]
     return Components(header["kind"], layers, structure), tensors, header["extra"]

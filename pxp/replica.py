@@ -108,8 +108,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
     """Merge each BatchNorm of a replica into the one layer before it: W' = W·γ/σ, b' = (b − μ)·γ/σ + β.
 
-    Explanation rules then see the affine map that the network really computes. A BatchNorm is left as it is when it does
-    not directly follow exactly one convolution or linear layer.
+    Explanation rules then see the affine map that the network really computes. A BatchNorm is left as it is when it
+    does not directly follow exactly one convolution or linear layer.
 
     Raises
     ------
@@ -128,15 +128,15 @@ def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
         linear, norm = modules[layer], modules[name]
         if norm.running_mean is None:
             raise ValueError(f"BatchNorm {name!r} has no running statistics, so its output depends on the batch")
-        scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+        scale = torch.rsqrt(norm.running_var + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight
         bias = -norm.running_mean * scale if linear.bias is None else (linear.bias - norm.running_mean) * scale
         if norm.bias is not None:
             bias = bias + norm.bias
-        weight = linear.weight * scale.reshape(-1, *[1] * (linear.weight.ndim - 1))  # type: ignore[union-attr,operator]
+        weight = linear.weight * scale.reshape(-1, *[1] * (linear.weight.ndim - 1))
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[union-attr]
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
         # timm's BatchNormAct2d also holds the dropout and activation that follow
         rest = [getattr(norm, part) for part in ("drop", "act") if isinstance(getattr(norm, part, None), nn.Module)]
         parent, _, child = name.rpartition(".")

@@ -37,17 +37,32 @@ def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> C
     return twin.forward
 
 
+def _lean(module: nn.Module, make: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """Apply the module to ``x`` with weight ``make()`` and no bias; backward makes the weight anew."""
+    weight = make()
+
+    def pack(tensor: Tensor) -> Tensor | bool:
+        return tensor if tensor.data_ptr() != weight_at else tensor.stride() == strides
+
+    def unpack(packed: Tensor | bool) -> Tensor:
+        return packed if isinstance(packed, Tensor) else make() if packed else make().t()
+
+    weight_at, strides = weight.data_ptr(), weight.stride()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return with_parameters(module, weight, None)(x)
+
+
 class _Carry(Function):
     """A tensor with the values of ``value`` whose gradient goes, scaled, to ``carriers``."""
 
     @staticmethod
     def forward(ctx, value: tuple[Tensor], scales: tuple[Tensor, ...], *carriers: Tensor) -> Tensor:
-        ctx.scales = scales
+        ctx.save_for_backward(*scales)
         return value[0]  # in a tuple, so that autograd sees a new tensor, not an input returned as it is
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return None, None, *(grad * scale for scale in ctx.scales)
+    def backward(ctx, grad: Tensor):
+        return None, None, *(grad * scale for scale in ctx.saved_tensors)
 
 
 class Rule(Hook):
@@ -112,7 +127,7 @@ class Rule(Hook):
 
 
 def _channels(module: nn.Module, bias: Tensor) -> Tensor:
-    return bias if isinstance(module, nn.Linear) else bias.reshape(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[union-attr,operator]
+    return bias if isinstance(module, nn.Linear) else bias.reshape(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[operator]
 
 
 class Epsilon(Rule):
@@ -137,10 +152,11 @@ class Epsilon(Rule):
         super().__init__(zero_params=zero_params, epsilon=epsilon)
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        z = output.detach()
+        held = [output.detach()]  # given up when used, so that memory falls during the backward pass
         bias = _channels(module, module.bias) if self.zero_params and module.bias is not None else None  # type: ignore[arg-type]
 
         def scale(grad: Tensor) -> Tensor:
+            z = held.pop()
             if bias is not None:
                 return grad * z / stabilize(z - bias, self.epsilon)
             ratio = z.abs()  # z / (z + ε sign z) without a sign
@@ -168,10 +184,10 @@ class _Signed(Rule):
         z = output.detach()
         z0 = z if module.bias is None else z - _channels(module, module.bias)  # type: ignore[arg-type]
         if bool((x.detach() >= 0).all()):
-            q = with_parameters(module, weight.clamp(min=0), None)(x)
+            q = _lean(module, lambda: weight.clamp(min=0), x)
             to_z0, to_q = self.scales(module, z, z0, q.detach())
             return _Carry.apply((z,), (to_q,), q) if to_z0 is None else _Carry.apply((z,), (to_z0, to_q), output, q)
-        m = with_parameters(module, weight.abs(), None)(x.abs())
+        m = _lean(module, weight.abs, x.abs())
         to_z0, to_q = self.scales(module, z, z0, (z0 + m.detach()) / 2)
         half = to_q / 2
         return _Carry.apply((z,), (half if to_z0 is None else to_z0 + half, half), output, m)
@@ -222,8 +238,9 @@ class Gamma(_Signed):
         if not self.rectified or not bool((x.detach() >= 0).all()):
             return super().apply(module, x, output)
         # only positive outputs matter: one pass with w + γw⁺ carries everything
-        gamma, weight = self._gamma(module), module.weight
-        carrier = with_parameters(module, weight + gamma * weight.clamp(min=0), None)(x)  # type: ignore[operator,union-attr]
+        gamma = self._gamma(module)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        carrier = _lean(module, lambda: weight.clamp(min=0).mul_(gamma).add_(weight), x)
         z = output.detach()
         upper = carrier.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
         return _Carry.apply((z,), (torch.where(z > 0, z / stabilize(upper, self.epsilon), 0),), carrier)
@@ -295,7 +312,7 @@ class _Redistribute(Function):
         return value[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         x, z = ctx.saved_tensors
         with torch.enable_grad():
             terms = []
@@ -389,8 +406,8 @@ class ZBox(_InputRule):
         above, below = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
         return [
             (1.0, x.clone(), weight, bias),  # type: ignore[list-item]
-            (-1.0, low, weight.clamp(min=0), above),  # type: ignore[union-attr,operator,list-item]
-            (-1.0, high, weight.clamp(max=0), below),  # type: ignore[union-attr,operator,list-item]
+            (-1.0, low, weight.clamp(min=0), above),  # type: ignore[operator]
+            (-1.0, high, weight.clamp(max=0), below),  # type: ignore[operator]
         ]
 
     def __repr__(self) -> str:
@@ -449,5 +466,6 @@ def make_rule(rule: str | Rule, zero_params: str | list[str] | None = None) -> R
     if not isinstance(rule, Rule):
         raise TypeError(f"a rule is a name or a pxp rule such as pxp.Gamma(0.25), got {rule!r}")
     if zero_params:
-        raise ValueError(f"give zero_params to the rule itself: {type(rule).__name__}(..., zero_params={zero_params!r})")
+        name = type(rule).__name__
+        raise ValueError(f"give zero_params to the rule itself: {name}(..., zero_params={zero_params!r})")
     return rule

@@ -141,8 +141,8 @@ def train(
         "architecture": f"pxp.models.{SHIPPED[name].__name__}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": f"Fashion-MNIST, {len(labels):,} training images (the tune split was left out)",
-        "recipe": f"AdamW, one-cycle learning rate up to {MAX_LR[name]}, weight decay {WEIGHT_DECAY}, batch {BATCH_SIZE}, "
-        f"label smoothing {LABEL_SMOOTHING}, random crops (padding 2) and flips drawn per batch; "
+        "recipe": f"AdamW, one-cycle learning rate up to {MAX_LR[name]}, weight decay {WEIGHT_DECAY}, "
+        f"batch {BATCH_SIZE}, label smoothing {LABEL_SMOOTHING}, random crops (padding 2) and flips drawn per batch; "
         f"then {CLEAN_EPOCHS} epochs without augmentation, learning rate {CLEAN_LR} falling to 0",
         "epochs": total,
         "seed": seed,
@@ -160,7 +160,9 @@ def train(
 @torch.no_grad()
 def _test_accuracy(model: nn.Module, test: Split) -> float:
     model.eval()
-    hits = sum((model(x).argmax(1) == y).sum() for x, y in zip(test.images.split(500), test.labels.split(500)))
+    hits = sum(
+        (model(x).argmax(1) == y).sum() for x, y in zip(test.images.split(500), test.labels.split(500), strict=True)
+    )
     return float(hits) / len(test.labels)
 
 

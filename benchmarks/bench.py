@@ -1,0 +1,193 @@
+"""Cost of attribution and of the pruning sweep, side by side with zennit: ``python benchmarks/bench.py [--quick]``.
+
+Everything is a ratio to ``plain``, measured in turn in one process on one thread: one forward and one backward pass of
+the same model with the gradient of the input only. zennit gets a model whose BatchNorms are merged already, because its own
+merge fails on PyTorch 2.10 and later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import torch
+import torchvision
+import zennit.composites
+import zennit.layer
+import zennit.rules
+import zennit.torchvision
+import zennit.types
+from torch import nn
+
+import pxp
+from pxp.replica import fold_batch_norm, replica
+
+TARGETS = {
+    ("vgg16_bn", "epsilon"): 1.15,
+    ("resnet18", "epsilon"): 1.15,
+    ("resnet50", "epsilon"): 1.25,
+    ("vgg16_bn", "zplus"): 1.8,
+    ("resnet18", "zplus"): 1.8,
+    ("resnet50", "zplus"): 1.8,
+    ("vgg16_bn", "gamma"): 1.9,
+    ("resnet18", "gamma"): 1.9,
+    ("resnet50", "gamma"): 1.9,
+    ("resnet18", "IG, 20 steps"): 20.5,
+}
+MEMORY_TARGET = 1.5
+ZENNIT_RULES = {
+    "epsilon": zennit.rules.Epsilon,
+    "zplus": zennit.rules.ZPlus,
+    "gamma": zennit.rules.Gamma,
+}
+
+
+def plain(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def run() -> None:
+        x = images.clone().requires_grad_()
+        torch.autograd.grad(model(x).gather(1, labels[:, None]).sum(), x)
+
+    return run
+
+
+def with_zennit(model: nn.Module, rule: str, images: torch.Tensor, labels: torch.Tensor, units) -> Callable[[], None]:
+    merged = replica(model)
+    fold_batch_norm(merged, units.trace)
+    layer_map = [
+        (zennit.types.Activation, zennit.rules.Pass()),
+        (zennit.types.AvgPool, zennit.rules.Norm()),
+        (zennit.types.Linear, ZENNIT_RULES[rule]()),
+    ]
+    canonizers = [zennit.torchvision.ResNetCanonizer()] if isinstance(model, torchvision.models.ResNet) else []
+    layer_map.append((zennit.layer.Sum, zennit.rules.Norm()))
+    composite = zennit.composites.LayerMapComposite(layer_map, canonizers=canonizers)
+
+    def run() -> None:
+        seen = []
+        with composite.context(merged) as attributed:
+            modules = dict(attributed.named_modules())
+            handles = [
+                modules[name].register_forward_hook(lambda module, inputs, output: seen.append(output))
+                for name in units
+            ]
+            x = images.clone().requires_grad_()
+            logits = attributed(x).gather(1, labels[:, None])
+            grads = torch.autograd.grad(logits, [x, *seen], logits.detach())
+            _ = [grad.flatten(2).sum(2) for grad in grads[1:]]
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Seconds of CPU time, all candidates in turn so that drift hits them alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if repeat:  # the first round warms up
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak(run: Callable[[], None]) -> int:
+    """Largest number of bytes that tensors held at one time beyond what they held before, from torch's profiler."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def attribution(names: list[str], repeats: int, batch: int) -> None:
+    print(f"\nAttribution of all filters, relative to plain; batch {batch}, 224 x 224, one thread, median of {repeats}")
+    print(f"{'model':<10} {'rule':<13} {'pxp':>6} {'target':>7} {'zennit':>7}")
+    for name in names:
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name, weights=None).eval()
+        images, labels = torch.rand(batch, 3, 224, 224), torch.arange(batch)
+        units = pxp.find_components(model, "filter")
+        for rule in ("epsilon", "zplus", "gamma", "IG, 20 steps"):
+            if (name, rule) not in TARGETS:
+                continue
+            integrated = rule.startswith("IG")
+            criterion = pxp.IntegratedGradients(20) if integrated else pxp.LRP(rule)
+            score = partial(pxp.attribute, model, (images, labels), units, criterion, progress=False)
+            runs = {"plain": plain(model, images, labels), "pxp": score}
+            if not integrated:
+                runs["zennit"] = with_zennit(model, rule, images, labels, units)
+            found = medians(runs, max(2, repeats // 3) if integrated else repeats)
+            zennit_ratio = f"{found['zennit'] / found['plain']:7.2f}" if "zennit" in found else f"{'-':>7}"
+            print(
+                f"{name:<10} {rule:<13} {found['pxp'] / found['plain']:6.2f} {TARGETS[name, rule]:7.2f} {zennit_ratio}",
+                flush=True,
+            )
+
+
+def memory(names: list[str], batch: int) -> None:
+    print(f"\nPeak memory, relative to plain; batch {batch} (target: at most {MEMORY_TARGET})")
+    print(f"{'model':<10} {'rule':<13} {'pxp':>6}")
+    for name in names:
+        model = torchvision.models.get_model(name, weights=None).eval()
+        images, labels = torch.rand(batch, 3, 224, 224), torch.arange(batch)
+        units = pxp.find_components(model, "filter")
+        base = peak(plain(model, images, labels))
+        for rule in ("epsilon", "zplus", "gamma"):
+            used = peak(partial(pxp.attribute, model, (images, labels), units, pxp.LRP(rule), progress=False))
+            print(f"{name:<10} {rule:<13} {used / base:6.2f}", flush=True)
+
+
+def sweep() -> None:
+    print("\nPruning curve with 20 rates, in evaluations of the unpruned model (target: at most 8)")
+    data = pxp.load_dataset()
+    few = pxp.reference_samples(data.eval, per_class=50)
+    for name in ("vgg", "resnet"):
+        model = pxp.load_model(name)
+        units = pxp.find_components(model)
+        scores = pxp.attribute(model, pxp.reference_samples(data.reference, 2), units, pxp.LRP())
+        found = medians(
+            {
+                "plain": lambda model=model: pxp.accuracy(model, few),
+                "sweep": lambda model=model, scores=scores: pxp.pruning_curve(model, scores, few, progress=False),
+            },
+            3,
+        )
+        print(f"{name:<10} {found['sweep'] / found['plain']:6.1f}", flush=True)
+
+
+def import_time() -> None:
+    def seconds(code: str) -> float:
+        return statistics.median(
+            float(subprocess.run([sys.executable, "-c", template], capture_output=True, text=True, check=True).stdout)
+            for template in [f"import time; a = time.perf_counter(); {code}; print(time.perf_counter() - a)"] * 5
+        )
+
+    extra = seconds("import torch, torchvision, pxp") - seconds("import torch, torchvision")
+    print(f"\nimport pxp adds {extra:.2f} s to torch and torchvision (target: at most 0.3)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 only, three repeats")
+    parser.add_argument("--batch", type=int, default=4)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    models = ["resnet18"] if arguments.quick else ["vgg16_bn", "resnet18", "resnet50"]
+    print(f"torch {torch.__version__}, zennit {version('zennit')}")
+    attribution(models, 3 if arguments.quick else 7, arguments.batch)
+    memory(models, arguments.batch)
+    sweep()
+    import_time()
