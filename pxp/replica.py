@@ -71,7 +71,8 @@ def replica(model: nn.Module) -> nn.Module:
 def trace(model: nn.Module, images: Tensor) -> Trace:
     """Run one batch through a replica of ``model`` and note what runs in which order and what feeds what."""
     twin = replica(model)
-    producer: dict[int, str] = {}
+    # a tensor that was changed in place since (a residual sum) is no longer its producer's output
+    producer: dict[tuple[int, int], str] = {}
     alive: list[Tensor] = []  # keeps ids unique
     norms: dict[str, list[str]] = {}
     activations: dict[str, str] = {}
@@ -81,7 +82,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
             if not inputs or not isinstance(output, Tensor):
                 return
-            source = producer.get(id(inputs[0]))
+            source = producer.get((id(inputs[0]), inputs[0]._version))
             if isinstance(module, BATCH_NORMS):
                 if source in norms:
                     norms[source][-1] = name
@@ -92,7 +93,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
                 return
             else:
                 norms.setdefault(name, []).append("")
-            producer[id(output)] = name
+            producer[id(output), output._version] = name
             alive.append(output)
 
         return hook

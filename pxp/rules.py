@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -171,26 +172,24 @@ class Epsilon(Rule):
 class _Signed(Rule):
     """Rules that treat positive and negative contributions a_i w_ij differently.
 
-    Two passes are enough for inputs of any sign: z0 = Σ a w, and the positive contributions
-    q = Σ (a w)⁺ = ½ (Σ a w + Σ |a| |w|); the negative ones are z0 − q. For inputs ≥ 0, q = Σ a w⁺.
+    For inputs ≥ 0 the positive contributions are Σ a w⁺, one pass; for others Σ a⁺ w⁺ + Σ a⁻ w⁻.
     """
 
-    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Factors for the gradient that goes to z0 (None: nothing) and to q."""
-        raise TypeError(f"{type(self).__name__} defines no rule")
-
-    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    @staticmethod
+    def contributions(module: nn.Module, x: Tensor, positive: bool) -> Tensor:
+        """Sum of the positive (or negative) contributions to each output, with a graph to ``x``."""
         weight: Tensor = module.weight  # type: ignore[assignment]
-        z = output.detach()
-        z0 = z if module.bias is None else z - _channels(module, module.bias)  # type: ignore[arg-type]
+
+        def above() -> Tensor:
+            return weight.clamp(min=0)
+
+        def below() -> Tensor:
+            return weight.clamp(max=0)
+
+        same, other = (above, below) if positive else (below, above)
         if bool((x.detach() >= 0).all()):
-            q = _lean(module, lambda: weight.clamp(min=0), x)
-            to_z0, to_q = self.scales(module, z, z0, q.detach())
-            return _Carry.apply((z,), (to_q,), q) if to_z0 is None else _Carry.apply((z,), (to_z0, to_q), output, q)
-        m = _lean(module, weight.abs, x.abs())
-        to_z0, to_q = self.scales(module, z, z0, (z0 + m.detach()) / 2)
-        half = to_q / 2
-        return _Carry.apply((z,), (half if to_z0 is None else to_z0 + half, half), output, m)
+            return _lean(module, same, x)
+        return _lean(module, same, x.clamp(min=0)) + _lean(module, other, x.clamp(max=0))
 
 
 class Gamma(_Signed):
@@ -226,17 +225,9 @@ class Gamma(_Signed):
             return self.gamma
         return 0.05 if isinstance(module, nn.Linear) else 0.25
 
-    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        gamma = self._gamma(module)
-        upper = z0 + gamma * q + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
-        lower = z0 + gamma * (z0 - q) + self._bias(module, lambda b: b + gamma * b.clamp(max=0))
-        positive = torch.where(z > 0, z / stabilize(upper, self.epsilon), 0)
-        negative = torch.where(z < 0, z / stabilize(lower, self.epsilon), 0)
-        return positive + (1 + gamma) * negative, gamma * (positive - negative)
-
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         if not self.rectified or not bool((x.detach() >= 0).all()):
-            return super().apply(module, x, output)
+            return self._apply_to_any_sign(module, x, output)
         # only positive outputs matter: one pass with w + γw⁺ carries everything
         gamma = self._gamma(module)
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -244,6 +235,18 @@ class Gamma(_Signed):
         z = output.detach()
         upper = carrier.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
         return _Carry.apply((z,), (torch.where(z > 0, z / stabilize(upper, self.epsilon), 0),), carrier)
+
+    def _apply_to_any_sign(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        # with z0 = Σ a w and q its positive contributions, the numerators are z0 + γq and z0 + γ(z0 − q)
+        gamma = self._gamma(module)
+        q = self.contributions(module, x, positive=True)
+        z = output.detach()
+        z0 = z if module.bias is None else z - _channels(module, module.bias)  # type: ignore[arg-type]
+        upper = z0 + gamma * q.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
+        lower = z0 + gamma * (z0 - q.detach()) + self._bias(module, lambda b: b + gamma * b.clamp(max=0))
+        positive = torch.where(z > 0, z / stabilize(upper, self.epsilon), 0)
+        negative = torch.where(z < 0, z / stabilize(lower, self.epsilon), 0)
+        return _Carry.apply((z,), (positive + (1 + gamma) * negative, gamma * (positive - negative)), output, q)
 
     def _values(self) -> list[float]:
         return [] if self.gamma is None else [self.gamma]
@@ -258,8 +261,11 @@ class ZPlus(_Signed):
         See :class:`Rule`.
     """
 
-    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[None, Tensor]:
-        return None, z / stabilize(q + self._bias(module, lambda b: b.clamp(min=0)), self.epsilon)
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        q = self.contributions(module, x, positive=True)
+        denominator = q.detach() + self._bias(module, lambda b: b.clamp(min=0))
+        z = output.detach()
+        return _Carry.apply((z,), (z / stabilize(denominator, self.epsilon),), q)
 
 
 class AlphaBeta(_Signed):
@@ -293,10 +299,15 @@ class AlphaBeta(_Signed):
             raise ValueError(f"alpha and beta must be ≥ 0 with alpha − beta = 1, got alpha={alpha}, beta={beta}")
         self.alpha, self.beta = alpha, beta
 
-    def scales(self, module: nn.Module, z: Tensor, z0: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        positive = z / stabilize(q + self._bias(module, lambda b: b.clamp(min=0)), self.epsilon)
-        negative = z / stabilize(z0 - q + self._bias(module, lambda b: b.clamp(max=0)), self.epsilon)
-        return -self.beta * negative, self.alpha * positive + self.beta * negative
+    def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        z = output.detach()
+        carriers, scales = [], []
+        for factor, positive in ((self.alpha, True), (-self.beta, False)):
+            part = self.contributions(module, x, positive)
+            kept = self._bias(module, partial(torch.clamp, **({"min": 0} if positive else {"max": 0})))
+            carriers.append(part)
+            scales.append(factor * z / stabilize(part.detach() + kept, self.epsilon))
+        return _Carry.apply((z,), tuple(scales), *carriers)
 
     def _values(self) -> list[float]:
         return [self.alpha, self.beta]
