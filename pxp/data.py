@@ -93,7 +93,7 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
     Parameters
     ----------
     name : {"fashion-mnist"}
-        Fashion-MNIST [1]_, 28 × 28 grey images of ten kinds of clothes.
+        Fashion-MNIST, 28 × 28 grey images of ten kinds of clothes.
     full : bool, default False
         False: the balanced subsets that ship with the package: reference 100 images per class, tune 100 per class
         (no network was trained on them), eval 200 per class (test images). No file but the package's is read.
@@ -115,10 +115,9 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
     FileNotFoundError
         ``root`` holds no copy of the files and they cannot be downloaded.
 
-    References
-    ----------
-    .. [1] Xiao, Rasul, Vollgraf. Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms.
-       arXiv:1708.07747, 2017. MIT licence.
+    Notes
+    -----
+    Fashion-MNIST: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747, MIT licence.
     """
     if name != "fashion-mnist":
         raise ValueError(f"unknown data set {name!r}; available: 'fashion-mnist'")

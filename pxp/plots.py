@@ -143,7 +143,7 @@ def heatmaps(
     titles : sequence of str
         One for each image.
     percentile : float, default 99.5
-        Percentile of |relevance| at which the colours saturate.
+        Percentile of the absolute relevance at which the colours saturate.
 
     Returns
     -------
