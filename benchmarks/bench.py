@@ -1,8 +1,8 @@
 """Cost of attribution and of the pruning sweep, side by side with zennit: ``python benchmarks/bench.py [--quick]``.
 
-Everything is a ratio to ``plain``, measured in turn in one process on one thread: one forward and one backward pass of
-the same model with the gradient of the input only. zennit gets a model whose BatchNorms are merged already, because its own
-merge fails on PyTorch 2.10 and later.
+All figures are ratios to ``plain``, measured in turn in one process on one thread: one forward and one backward pass of
+the same model with the gradient of the input only. zennit gets a model whose BatchNorms are merged already, because its
+own merge fails on PyTorch 2.10 and later.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+# make book: build the book.  make test: check everything.  `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+ROOT ?=
+# empty: the newest versions that requirements.txt allows
+CONSTRAINTS ?= constraints.txt
+export OMP_NUM_THREADS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+.PHONY: help book links test lint unit nbval notebooks bench train clean
+
+help:
+	@echo "make book       build the book from the committed notebooks and print the file to open"
+	@echo "make test       lint, book, unit tests, and every notebook executed and compared with its stored outputs"
+	@echo "make lint       style, types and notebook lint only;  make unit, make nbval: only that part"
+	@echo "make notebooks  execute all notebooks anew, in place"
+	@echo "make links      look up every link of the book (needs the network)"
+	@echo "make bench      print the benchmark tables"
+	@echo "make train      train the shipped networks anew; ROOT=folder of the original Fashion-MNIST files (default: download)"
+	@echo "make clean      remove what was built; the environment .venv stays"
+
+# The environment: made once, and again when what it is made from changes.
+.venv/.installed: requirements.txt constraints.txt pyproject.toml setup.py
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]' $(addprefix -c ,$(CONSTRAINTS))
+	@touch $@
+
+book: .venv/.installed
+	$(BIN)/jupyter-book build . --all -q -W -n --keep-going
+	$(BIN)/python tests/book_check.py _build/html
+
+links: .venv/.installed
+	$(BIN)/jupyter-book build . --all -q --builder linkcheck
+
+test: lint book unit nbval
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/notebook_lint.py
+	$(BIN)/mypy
+
+unit: .venv/.installed
+	$(BIN)/python -m pytest -q -n 2 tests
+
+nbval: .venv/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope $(NBVAL) notebooks
+
+notebooks: .venv/.installed
+	$(BIN)/python tests/notebook_execute.py
+	$(BIN)/ruff format notebooks
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/bench.py
+
+train: .venv/.installed
+	$(BIN)/python -m pxp.train vgg resnet $(addprefix --root ,$(ROOT))
+
+clean:
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

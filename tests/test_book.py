@@ -1,0 +1,89 @@
+"""The table of contents names real files, the prose cites real sources, and the check of the built book can fail."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import book_check
+import pytest
+import yaml
+
+import pxp
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
+PAGES = book_check.toc_pages(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8")))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_of_the_contents_exists(page):
+    assert any((ROOT / f"{page}{suffix}").is_file() for suffix in (".md", ".ipynb"))
+
+
+def test_every_page_is_in_the_contents():
+    written = [*ROOT.glob("book/*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    assert {path.relative_to(ROOT).with_suffix("").as_posix() for path in written} == set(PAGES)
+
+
+def test_every_citation_is_in_the_bibliography():
+    keys = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "book/references.bib").read_text(encoding="utf8"), re.MULTILINE))
+    for path in ROOT.glob("book/*.md"):
+        for group in re.findall(r"\{cite:\w+\}`([^`]+)`", path.read_text(encoding="utf8")):
+            assert {key.strip() for key in group.split(",")} <= keys, path.name
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    listed = re.findall(r"^\.\. auto\w+:: pxp\.(\w+)", (ROOT / "book/api.md").read_text(encoding="utf8"), re.MULTILINE)
+    assert sorted(listed) == sorted({*pxp.__all__, "plots", "train"})
+
+
+def test_nothing_is_executed_by_the_build_and_nothing_asks_another_host():
+    assert CONFIG["execute"]["execute_notebooks"] == "off"
+    sphinx = CONFIG["sphinx"]["config"]
+    assert not {"sphinx_thebe", "sphinx.ext.intersphinx"} & set(sphinx["extensions"])
+    assert (ROOT / "book/assets" / sphinx["mathjax_path"]).is_file()
+    assert sphinx["nb_ipywidgets_js"] == {}
+
+
+def site(folder: Path, body: str) -> list[str]:
+    """Problems of a site of two pages, the first one with the given body."""
+    (folder / "index.html").write_text("<a href='page.html'>go</a>")
+    (folder / "page.html").write_text(f"<html><body id='top'>{body}</body></html>")
+    (folder / "figure.png").write_bytes(b"x" * 1_500_000)
+    return list(book_check.check(folder, ["page"]))
+
+
+def test_a_good_site_passes(tmp_path):
+    assert site(tmp_path, "<img src='figure.png' alt='a'><a href='https://arxiv.org'>x</a><a href='#top'>up</a>") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("<script src='https://cdn.example/x.js'></script>", "from another host"),
+        ("<script src='//cdn.example/x.js'></script>", "from another host"),
+        ("<script>import('https://cdn.example/x.js')</script>", "from another host"),
+        ("<link rel='stylesheet' href='https://cdn.example/x.css'>", "from another host"),
+        ("<img src='https://cdn.example/x.png' alt='a'>", "from another host"),
+        ("<img srcset='figure.png 1x, https://cdn.example/x.png 2x' alt='a'>", "from another host"),
+        ("<style>@font-face { src: url(https://cdn.example/x.woff2) }</style>", "from another host"),
+        ("<p style=\"background: url('https://cdn.example/x.png')\">", "from another host"),
+        ("<iframe src='https://example.org'></iframe>", "from another host"),
+        ("<img src='missing.png' alt='a'>", "missing.png does not exist"),
+        ("<img src='figure.png'>", "has no alt text"),
+        ("<img src='figure.png' alt='a'>" + "x" * 600_000, "at most 2,000,000"),
+        ("<a href='other.html'>x</a>", "dead link other.html"),
+        ("<a href='#nowhere'>x</a>", "dead anchor #nowhere"),
+    ],
+)
+def test_each_fault_of_a_page_is_found(tmp_path, body, message):
+    assert any(message in problem for problem in site(tmp_path, body))
+
+
+def test_a_missing_page_and_a_remote_font_in_css_are_found(tmp_path):
+    (tmp_path / "index.html").write_text("")
+    (tmp_path / "style.css").write_text("@import 'https://fonts.example/x.css';")
+    problems = list(book_check.check(tmp_path, ["gone"]))
+    assert any("gone.html was not built" in problem for problem in problems)
+    assert any("fonts.example" in problem for problem in problems)

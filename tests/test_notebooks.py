@@ -1,0 +1,172 @@
+"""The committed notebooks pass the lint, and every check of the lint can fail."""
+
+from __future__ import annotations
+
+import copy
+
+import nbformat
+import notebook_execute
+import notebook_lint
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+CHAPTERS = notebook_lint.chapters()
+FIGURE = {"mystnb": {"image": {"alt": "A line."}, "figure": {"caption": "It rises.", "name": "fig-test-line"}}}
+PNG = "iVBORw0KGgo="
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_is_clean(path):
+    assert notebook_lint.lint(nbformat.read(path, as_version=4)) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_is_in_normal_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook_execute.normalise(copy.deepcopy(notebook)) == notebook
+
+
+def test_figure_names_are_unique_in_the_book():
+    names = [
+        cell.metadata["mystnb"]["figure"]["name"]
+        for path in CHAPTERS
+        for cell in nbformat.read(path, as_version=4).cells
+        if "figure" in cell.metadata.get("mystnb", {})
+    ]
+    assert len(names) == len(set(names))
+
+
+def good_notebook() -> nbformat.NotebookNode:
+    """A complete page in miniature."""
+    image = new_output("display_data", data={"image/png": PNG, "text/plain": "<Figure size 640x480 with 1 Axes>"})
+    page = new_notebook(
+        cells=[
+            new_markdown_cell("# Title\n\n**You will learn**\n\n- one thing\n\n**Before you start:** nothing."),
+            new_code_cell(notebook_lint.first_cell()),
+            new_code_cell(
+                "import torch\n\nprint(torch.ones(2).sum().int().item())", outputs=[new_output("stream", text="2\n")]
+            ),
+            new_code_cell("plt.show()", metadata=copy.deepcopy(FIGURE), outputs=[image]),
+            new_markdown_cell("## Pitfalls\n\nNone.\n\n## Exercises"),
+            new_markdown_cell("### Exercise 1 · Think\n\n<details><summary>Solution</summary>\n\nYes.\n\n</details>"),
+            new_markdown_cell("### Exercise 2 · Code"),
+            new_code_cell("1 + 1", metadata={"tags": ["hide-cell", "solution"]}),
+            new_markdown_cell("### Exercise 3 · Go on\n\n<details>\n<summary>Solution</summary>\n\nNo.\n\n</details>"),
+            new_markdown_cell("## Take-away\n\nOne line.\n\n## References\n\n- none"),
+        ]
+    )
+    return notebook_execute.normalise(page)
+
+
+def test_a_good_notebook_passes():
+    notebook = good_notebook()
+    nbformat.validate(notebook)
+    assert notebook_lint.lint(notebook) == []
+
+
+def _set(index, **fields):
+    return lambda notebook: notebook.cells[index].update(fields)
+
+
+def _source(index, source):
+    return _set(index, source=source)
+
+
+def _output(index, *output, **fields):
+    return lambda notebook: notebook.cells[index].outputs.append(new_output(*output, **fields))
+
+
+def _tags(index, *tags):
+    return lambda notebook: notebook.cells[index].metadata.update(tags=list(tags))
+
+
+def _mystnb(part, key, value):
+    return lambda notebook: notebook.cells[3].metadata["mystnb"][part].update({key: value})
+
+
+BROKEN = {
+    "never executed": (_set(2, execution_count=None), "execution_count is None, expected 2"),
+    "executed out of order": (_set(2, execution_count=9), "execution_count is 9, expected 2"),
+    "empty cell": (_source(2, " \n"), "empty code cell"),
+    "traceback": (_output(2, "error", ename="E", evalue="", traceback=[]), "stored traceback"),
+    "nothing raised": (_tags(2, "raises-exception"), "nothing was raised"),
+    "stderr": (_output(2, "stream", name="stderr", text="a warning"), "output on stderr: 'a warning'"),
+    "misspelt tag": (_tags(2, "nbval-ignore-ouput"), "unknown tag 'nbval-ignore-ouput'"),
+    "misspelt marker": (_source(2, "# NBVAL_IGNORE_OUPUT\n1"), "unknown marker 'NBVAL_IGNORE_OUPUT'"),
+    "long cell": (_source(2, "x = 1\n" * 26), "26 lines, at most 25"),
+    "large file": (_output(2, "stream", text="x" * 1_100_000), "bytes, at most 1,000,000"),
+    "other kernel": (lambda n: n.metadata.kernelspec.update(name="myenv"), "kernelspec is not python3"),
+    "no language_info": (lambda n: n.metadata.pop("language_info"), "language_info is missing"),
+    "widget state": (lambda n: n.metadata.update(widgets={}), "widget state is stored"),
+    "no alt text": (_mystnb("image", "alt", " "), "image without alt text"),
+    "no caption": (_mystnb("figure", "caption", ""), "image without caption"),
+    "no name": (_mystnb("figure", "name", "line"), "image without a name fig-"),
+    "two figures": (_output(3, "display_data", data={"image/png": PNG}), "more than one figure"),
+    "figure without image": (_set(3, outputs=[]), "figure metadata, but no image"),
+    "no set-up cell": (_source(1, "import pxp"), "not the agreed set-up cell"),
+    "other branch": (_source(1, notebook_lint.first_cell() + "x"), "not the agreed set-up cell"),
+    "undeclared import": (_source(2, "import pandas as pd"), "imports 'pandas'"),
+    "undeclared inner import": (_source(2, "def f():\n    from seaborn.utils import x"), "imports 'seaborn'"),
+    "syntax error": (_source(2, "1 +"), "does not parse"),
+    "shell command": (_source(2, "!pip install x"), "magic or shell line"),
+    "absolute path in code": (_source(2, "open('/home/me/x')"), "absolute path"),
+    "absolute path in output": (_output(2, "stream", text="in /tmp/x"), "absolute path"),
+    "directive": (_source(4, "## Pitfalls\n\n```{note}\nx\n```\n\n## Exercises"), "shows as raw text"),
+    "role": (_source(4, "## Pitfalls\n\n{cite}`x`\n\n## Exercises"), "shows as raw text"),
+    "two titles": (_source(4, "# Again\n\n## Pitfalls\n\n## Exercises"), "its one title; found 2"),
+    "no take-away": (_source(9, "## References"), "no part '## Take-away'"),
+    "two exercises": (lambda n: n.cells.pop(8), "exercises found: [1, 2]"),
+    "unsolved": (_source(5, "### Exercise 1 · Think"), "exercise 1 has no folded solution"),
+    "unfolded in the book": (_tags(7, "solution"), "not folded in the book"),
+    "unfolded in Jupyter": (lambda n: n.cells[7].metadata.pop("jupyter"), "not folded in Jupyter"),
+    "stray solution": (
+        _source(9, "## Take-away\n<details><summary>Solution</summary>x</details>\n## References"),
+        "outside",
+    ),
+    "open details": (_source(5, "### Exercise 1\n<details><summary>Solution</summary>"), "not closed"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_fault_is_found(name):
+    damage, message = BROKEN[name]
+    notebook = good_notebook()
+    damage(notebook)
+    assert any(message in problem for problem in notebook_lint.lint(notebook)), notebook_lint.lint(notebook)
+
+
+def test_every_check_can_fail():
+    failing = set()
+    for damage, _ in BROKEN.values():
+        notebook = good_notebook()
+        damage(notebook)
+        failing |= {check for check in notebook_lint.CHECKS if list(check(notebook))}
+    assert failing == set(notebook_lint.CHECKS)
+
+
+def test_lint_as_a_command(tmp_path, capsys):
+    path = tmp_path / "page.ipynb"
+    nbformat.write(good_notebook(), path)
+    assert notebook_lint.main([str(path)]) == 0
+    broken = good_notebook()
+    broken.cells[2].execution_count = None
+    nbformat.write(broken, path)
+    assert notebook_lint.main([str(path)]) == 1
+    assert "cell 2" in capsys.readouterr().out
+
+
+def test_normal_form_removes_what_differs_between_runs():
+    notebook = good_notebook()
+    noisy = copy.deepcopy(notebook)
+    noisy.metadata["widgets"] = {}
+    noisy.metadata.language_info["version"] = "3.11.7"
+    noisy.cells[2].metadata["execution"] = {"iopub.status.busy": "2024-01-01"}
+    noisy.cells[2].execution_count = 17
+    noisy.cells[2].outputs = [new_output("stream", text="2"), new_output("stream", text="\n")]
+    assert notebook_execute.normalise(noisy) == notebook
+
+
+def test_execution_runs_in_the_given_folder(tmp_path):
+    code = "from pathlib import Path\n\nPath.cwd().name, 1 + 1"
+    done = notebook_execute.execute(new_notebook(cells=[new_code_cell(code)]), tmp_path)
+    assert done.cells[0].outputs[0].data["text/plain"] == f"('{tmp_path.name}', 2)"
