@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from zennit.core import Hook
 
+_BLOCK = 2**20  # weights
+
 
 def stabilize(d: Tensor, epsilon: float) -> Tensor:
     """d + ε·sign(d), with sign(0) = 1: a denominator that is never zero."""
-    return d + torch.where(d < 0, -epsilon, epsilon)
+    return d + torch.copysign(d.new_tensor(epsilon), d)
 
 
 def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -38,19 +39,43 @@ def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> C
     return twin.forward
 
 
-def _lean(module: nn.Module, make: Callable[[], Tensor], x: Tensor) -> Tensor:
-    """Apply the module to ``x`` with weight ``make()`` and no bias; backward makes the weight anew."""
-    weight = make()
+def _lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply the module to ``x`` with the weight ``change(weight)`` and no bias, without storing that weight.
+
+    Backward makes it anew, and a large linear layer goes through it in blocks of rows that fit the processor's cache.
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not isinstance(module, nn.Linear):
+        return _block(module, weight, change, x)
+    rows = max(1, _BLOCK // module.in_features)
+    blocks = [_block(module, part, change, x) for part in weight.split(rows)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+
+def _block(module: nn.Module, weight: Tensor, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    changed = change(weight)
+    weight_at, strides = changed.data_ptr(), changed.stride()
 
     def pack(tensor: Tensor) -> Tensor | bool:
         return tensor if tensor.data_ptr() != weight_at else tensor.stride() == strides
 
     def unpack(packed: Tensor | bool) -> Tensor:
-        return packed if isinstance(packed, Tensor) else make() if packed else make().t()
+        return packed if isinstance(packed, Tensor) else change(weight) if packed else change(weight).t()
 
-    weight_at, strides = weight.data_ptr(), weight.stride()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return with_parameters(module, weight, None)(x)
+        return with_parameters(module, changed, None)(x)
+
+
+def _positive_part(tensor: Tensor) -> Tensor:
+    return tensor.clamp(min=0)
+
+
+def _negative_part(tensor: Tensor) -> Tensor:
+    return tensor.clamp(max=0)
+
+
+def _not_negative(x: Tensor) -> bool:
+    return bool(x.detach().min() >= 0)
 
 
 class _Carry(Function):
@@ -178,16 +203,8 @@ class _Signed(Rule):
     @staticmethod
     def contributions(module: nn.Module, x: Tensor, positive: bool) -> Tensor:
         """Sum of the positive (or negative) contributions to each output, with a graph to ``x``."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
-
-        def above() -> Tensor:
-            return weight.clamp(min=0)
-
-        def below() -> Tensor:
-            return weight.clamp(max=0)
-
-        same, other = (above, below) if positive else (below, above)
-        if bool((x.detach() >= 0).all()):
+        same, other = (_positive_part, _negative_part) if positive else (_negative_part, _positive_part)
+        if _not_negative(x):
             return _lean(module, same, x)
         return _lean(module, same, x.clamp(min=0)) + _lean(module, other, x.clamp(max=0))
 
@@ -226,15 +243,14 @@ class Gamma(_Signed):
         return 0.05 if isinstance(module, nn.Linear) else 0.25
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        if not self.rectified or not bool((x.detach() >= 0).all()):
+        if not self.rectified or not _not_negative(x):
             return self._apply_to_any_sign(module, x, output)
         # only positive outputs matter: one pass with w + γw⁺ carries everything
         gamma = self._gamma(module)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        carrier = _lean(module, lambda: weight.clamp(min=0).mul_(gamma).add_(weight), x)
+        carrier = _lean(module, lambda weight: weight.clamp(min=0).mul_(gamma).add_(weight), x)
         z = output.detach()
         upper = carrier.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
-        return _Carry.apply((z,), (torch.where(z > 0, z / stabilize(upper, self.epsilon), 0),), carrier)
+        return _Carry.apply((z,), (z.clamp(min=0).div_(stabilize(upper, self.epsilon)),), carrier)
 
     def _apply_to_any_sign(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         # with z0 = Σ a w and q its positive contributions, the numerators are z0 + γq and z0 + γ(z0 − q)
@@ -242,11 +258,14 @@ class Gamma(_Signed):
         q = self.contributions(module, x, positive=True)
         z = output.detach()
         z0 = z if module.bias is None else z - _channels(module, module.bias)  # type: ignore[arg-type]
-        upper = z0 + gamma * q.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
-        lower = z0 + gamma * (z0 - q.detach()) + self._bias(module, lambda b: b + gamma * b.clamp(max=0))
-        positive = torch.where(z > 0, z / stabilize(upper, self.epsilon), 0)
-        negative = torch.where(z < 0, z / stabilize(lower, self.epsilon), 0)
-        return _Carry.apply((z,), (positive + (1 + gamma) * negative, gamma * (positive - negative)), output, q)
+        up = z > 0
+        total = torch.add(z0, torch.where(up, q.detach(), z0 - q.detach()), alpha=gamma)
+        if module.bias is not None and not self.zero_params:
+            bias = _channels(module, module.bias)  # type: ignore[arg-type]
+            total += torch.where(up, bias + gamma * bias.clamp(min=0), bias + gamma * bias.clamp(max=0))
+        share = z / stabilize(total, self.epsilon)
+        to_q = share * torch.where(up, gamma, -gamma)
+        return _Carry.apply((z,), (torch.where(up, share, share * (1 + gamma)), to_q), output, q)
 
     def _values(self) -> list[float]:
         return [] if self.gamma is None else [self.gamma]
@@ -263,9 +282,10 @@ class ZPlus(_Signed):
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         q = self.contributions(module, x, positive=True)
-        denominator = q.detach() + self._bias(module, lambda b: b.clamp(min=0))
+        # never negative, so the stabiliser is simply added
+        denominator = q.detach() + (self._bias(module, _positive_part) + self.epsilon)
         z = output.detach()
-        return _Carry.apply((z,), (z / stabilize(denominator, self.epsilon),), q)
+        return _Carry.apply((z,), (z / denominator,), q)
 
 
 class AlphaBeta(_Signed):
@@ -304,7 +324,7 @@ class AlphaBeta(_Signed):
         carriers, scales = [], []
         for factor, positive in ((self.alpha, True), (-self.beta, False)):
             part = self.contributions(module, x, positive)
-            kept = self._bias(module, partial(torch.clamp, **({"min": 0} if positive else {"max": 0})))
+            kept = self._bias(module, _positive_part if positive else _negative_part)
             carriers.append(part)
             scales.append(factor * z / stabilize(part.detach() + kept, self.epsilon))
         return _Carry.apply((z,), tuple(scales), *carriers)
