@@ -164,7 +164,7 @@ def heatmap(
         with hooks as rules, _probe(twin, structure, None, None):
             for x, y in zip(checked.split(batch_size), labels.split(batch_size), strict=True):
                 # a rule for the first layer may give relevance to black pixels, and x ⊙ g must be able to say so
-                tiny = torch.finfo(x.dtype).tiny ** 0.25
+                tiny = torch.finfo(x.dtype).tiny ** (1 if x.dtype == torch.float16 else 0.25)
                 x = torch.where(x == 0, tiny, x)
                 relevance = torch.zeros_like(x)
                 steps = _path(criterion)

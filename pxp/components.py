@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .replica import CONVOLUTIONS, Trace, trace
+from .replica import CONVOLUTIONS, Trace, replica, trace
 
 KINDS = {
     "filter": "output channel of a convolution",
@@ -168,6 +168,7 @@ def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     if example is not None:
         return trace(model, example[:1].to(reference))
+    replica(model)  # what cannot be copied is an error of its own
     candidates = _input_shapes(model)
     error: Exception | None = None
     for shape in candidates:

@@ -180,6 +180,7 @@ class LRP:
         for name, module in modules.items():
             if is_activation(module) and not isinstance(module, nn.ReLU | nn.LeakyReLU):
                 hooks[name] = Identity()
+        for name, module in modules.items():
             # the gates of squeeze-and-excitation blocks of torchvision and of timm
             for gate in ("scale_activation", "gate"):
                 if isinstance(getattr(module, gate, None), nn.Module) and is_activation(getattr(module, gate)):

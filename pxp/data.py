@@ -198,13 +198,18 @@ def reference_samples(
 
 def batches(data: tuple[Tensor, Tensor] | Dataset | DataLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over ``data`` in order as (images, labels) batches; a DataLoader keeps its own batches."""
-    if isinstance(data, tuple):
-        yield from zip(data[0].split(batch_size), data[1].split(batch_size), strict=True)
+    if isinstance(data, tuple | list) and len(data) == 2:
+        images, labels = (torch.as_tensor(part) for part in data)
+        if len(images) != len(labels):
+            raise ValueError(f"got {len(images)} images but {len(labels)} labels")
+        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
     elif isinstance(data, DataLoader):
         for images, labels in data:
             yield images, torch.as_tensor(labels)
-    else:
+    elif isinstance(data, Dataset):
         yield from DataLoader(data, batch_size=batch_size)
+    else:
+        raise TypeError(f"expected (images, labels), a Dataset or a DataLoader, got {type(data).__name__}")
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:

@@ -60,6 +60,8 @@ def _hits(model: nn.Module, data, classes: Sequence[int] | None, batch_size: int
     wanted = None if classes is None else torch.as_tensor(list(classes))
     if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):
         raise ValueError(f"classes must be distinct class indices, got {list(classes or [])}")
+    if wanted is not None and int(wanted.min()) < 0:
+        raise ValueError(f"class {int(wanted.min())} does not exist: classes are counted from 0")
     hits = []
     with evaluating(model):
         for images, labels in batches(data, batch_size):
@@ -75,7 +77,7 @@ def _hits(model: nn.Module, data, classes: Sequence[int] | None, batch_size: int
                 shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
             highest = int(labels.max()) if wanted is None else int(wanted.max())
-            if highest >= logits.shape[1] or (wanted is not None and int(wanted.min()) < 0):
+            if highest >= logits.shape[1]:
                 raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")
             chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
             hits.append(chosen.argmax(1).cpu() == labels.cpu())

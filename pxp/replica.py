@@ -8,12 +8,15 @@ could leave behind.
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,59 +61,124 @@ def replica(model: nn.Module) -> nn.Module:
     """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
 
     The copy's parameters need no gradient, its activations are not in-place, and the user's hooks come along.
+
+    Raises
+    ------
+    ValueError
+        A model with parametrised or torch-pruned weights, or one that cannot be copied.
     """
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach() for b in model.buffers()}
-    twin = copy.deepcopy(model, memo).eval()
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module) or hasattr(module, "weight_orig"):
+            raise ValueError(
+                f"the weights of {name!r} are computed from others; make them permanent first "
+                "(torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove)"
+            )
+        # tensors that the model or a hook keeps of an earlier pass cannot be copied otherwise
+        memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
+    try:
+        twin = copy.deepcopy(model, memo).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied, which explaining it needs: {error}") from error
     for module in twin.modules():
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return twin
 
 
+# A tensor as it is now; changed in place (by a residual sum) it is another one, though its id stays.
+_Key = tuple[int, int]
+
+
+def _key(tensor: Tensor) -> _Key:
+    return id(tensor), tensor._version
+
+
+@dataclass
+class _Call:
+    """One execution of a convolution or linear layer."""
+
+    layer: str
+    output: _Key
+    norm: str = ""
+    norm_output: _Key | None = None
+    activation: str | None = None
+
+
+class _Uses(TorchFunctionMode):
+    """Counts how many operations take each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[_Key] = Counter()
+        self.alive: list[object] = []  # an id is unique only as long as its tensor lives
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = {_key(a): a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.alive.append((given, result))
+        # neither questions about a tensor (its shape) nor dropout in evaluation mode, which returns it as it is
+        passed_on = isinstance(result, Tensor) and _key(result) in given
+        if isinstance(result, Tensor | tuple | list) and not passed_on:
+            self.counts.update(given.keys())
+        return result
+
+
 def trace(model: nn.Module, images: Tensor) -> Trace:
     """Run one batch through a replica of ``model`` and note what runs in which order and what feeds what."""
     twin = replica(model)
-    # a tensor that was changed in place since (a residual sum) is no longer its producer's output
-    producer: dict[tuple[int, int], str] = {}
-    alive: list[Tensor] = []  # keeps ids unique
-    norms: dict[str, list[str]] = {}
-    activations: dict[str, str] = {}
-    layer_of_norm: dict[str, str] = {}
+    producer: dict[_Key, _Call] = {}
+    calls: list[_Call] = []
 
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
             if not inputs or not isinstance(output, Tensor):
                 return
-            source = producer.get((id(inputs[0]), inputs[0]._version))
+            source = producer.get(_key(inputs[0]))
             if isinstance(module, BATCH_NORMS):
-                if source in norms:
-                    norms[source][-1] = name
-                    layer_of_norm[name] = source
+                if source is None or source.norm:
+                    return
+                source.norm, source.norm_output = name, _key(output)
+                producer[_key(output)] = source
             elif is_activation(module):
-                if source is not None:
-                    activations.setdefault(layer_of_norm.get(source, source), name)
-                return
+                if source is not None and source.activation is None:
+                    source.activation = name
             else:
-                norms.setdefault(name, []).append("")
-            producer[id(output), output._version] = name
-            alive.append(output)
+                calls.append(_Call(name, _key(output)))
+                producer[_key(output)] = calls[-1]
 
         return hook
 
     for name, module in twin.named_modules():
         if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)) or is_activation(module):
             module.register_forward_hook(note(name, module))
-    with torch.no_grad():
-        twin(images)
-    return Trace(tuple(norms), {layer: tuple(found) for layer, found in norms.items()}, activations)
+    with torch.inference_mode(False), torch.no_grad(), _Uses() as uses:
+        twin(images.clone() if images.is_inference() else images)
+
+    norms: dict[str, list[str]] = {}
+    followers: dict[str, set[str | None]] = {}
+    for call in calls:
+        # what is used elsewhere too is neither the BatchNorm's alone nor the activation's alone
+        if call.norm and uses.counts[call.output] != 1:
+            call.norm, call.norm_output, call.activation = "", None, None
+        if uses.counts[call.norm_output or call.output] != 1:
+            call.activation = None
+        norms.setdefault(call.layer, []).append(call.norm)
+        followers.setdefault(call.layer, set()).add(call.activation)
+    activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
+    return Trace(
+        tuple(norms),
+        {layer: tuple(found) for layer, found in norms.items()},
+        {layer: found for layer, found in activations.items() if found is not None},
+    )
 
 
 def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
     """Merge each BatchNorm of a replica into the one layer before it: W' = W·γ/σ, b' = (b − μ)·γ/σ + β.
 
     Explanation rules then see the affine map that the network really computes. A BatchNorm is left as it is when it
-    does not directly follow exactly one convolution or linear layer.
+    does not directly follow exactly one convolution or linear layer, as the only one that takes its output.
 
     Raises
     ------
@@ -139,10 +207,12 @@ def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
         # timm's BatchNormAct2d also holds the dropout and activation that follow
-        rest = [getattr(norm, part) for part in ("drop", "act") if isinstance(getattr(norm, part, None), nn.Module)]
+        parts = {part: getattr(norm, part, None) for part in ("drop", "act")}
+        rest = OrderedDict((part, found) for part, found in parts.items() if isinstance(found, nn.Module))
         parent, _, child = name.rpartition(".")
-        stand_in = nn.Sequential(*rest) if rest else nn.Identity()
-        stand_in._forward_hooks.update(norm._forward_hooks)  # e.g. a mask that the user has put on the model
+        stand_in = nn.Sequential(rest) if rest else nn.Identity()
+        for hooks in (name for name in vars(norm) if name.startswith("_forward")):
+            getattr(stand_in, hooks).update(getattr(norm, hooks))  # e.g. a mask that the user has put on the model
         setattr(modules[parent], child, stand_in)
 
 
