@@ -115,7 +115,9 @@ class _Uses(TorchFunctionMode):
         self.alive: list[object] = []  # an id is unique only as long as its tensor lives
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        given = {_key(a): a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)}
+        inputs = [*args, *(kwargs or {}).values()]
+        inputs += [part for a in inputs if isinstance(a, tuple | list) for part in a]  # torch.cat takes a list
+        given = {_key(a): a for a in inputs if isinstance(a, Tensor)}
         result = func(*args, **(kwargs or {}))
         self.alive.append((given, result))
         # neither questions about a tensor (its shape) nor dropout in evaluation mode, which returns it as it is
