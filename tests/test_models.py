@@ -1,0 +1,162 @@
+"""The shipped networks, other libraries' networks, and the training recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import pxp
+from pxp import train as recipe
+from pxp.data import ASSETS, Split
+from pxp.models import SHIPPED, load_model, model_card
+from pxp.train import train
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_networks_reach_their_cards_accuracy(name, data):
+    card, model = model_card(name), load_model(name)
+    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    found = pxp.accuracy(model, data.eval)
+    assert card["test_accuracy"] >= 0.93 and card["test_images"] == 10_000
+    # 2,000 of the 10,000 test images: standard error 0.006
+    assert found >= 0.9 and abs(found - card["test_accuracy"]) < 0.02
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+    assert card["name"] == name and card["architecture"] == f"pxp.models.{type(model).__name__}"
+    assert {"data", "recipe", "epochs", "seed", "storage", "licence", "sha256"} <= set(card)
+    assert (ASSETS / f"{name}.safetensors").stat().st_size <= 2**20
+
+
+def test_shipped_weights_are_the_files(tmp_path):
+    model = load_model("vgg")
+    state = load_file(ASSETS / "vgg.safetensors")
+    assert set(state) == set(model.state_dict())
+    assert all(torch.equal(value.float(), model.state_dict()[key].float()) for key, value in state.items())
+    assert load_model("vgg") is not load_model("vgg")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for suffix in ("safetensors", "json"):
+        shutil.copy(ASSETS / f"vgg.{suffix}", tmp_path)
+    return tmp_path
+
+
+def test_another_folder(folder):
+    assert torch.equal(load_model("vgg", folder=folder).features[0].weight, load_model("vgg").features[0].weight)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_missing_checkpoints(folder, suffix):
+    (folder / f"vgg.{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"vgg\.{suffix} is missing"):
+        load_model("vgg", folder=folder)
+
+
+def test_tampered_checkpoints(folder):
+    path = folder / "vgg.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"vgg\.safetensors does not have the SHA-256 of its card vgg\.json"):
+        load_model("vgg", folder=folder)
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="does not have the SHA-256"):
+        load_model("vgg", folder=folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
+def test_damaged_cards(folder, text):
+    (folder / "vgg.json").write_text(text)
+    with pytest.raises(ValueError, match=r"vgg\.json"):
+        load_model("vgg", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lenet",), "unknown model 'lenet'; shipped: 'vgg', 'resnet'; or 'torchvision/<name>' or 'timm/<name>'"),
+        (("torchvision/",), "unknown model 'torchvision/'"),
+        (("keras/vgg16",), "unknown model 'keras/vgg16'"),
+    ],
+)
+def test_unknown_networks(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(*arguments)
+
+
+def test_shipped_networks_have_their_own_weights():
+    with pytest.raises(ValueError, match="'vgg' is shipped with its own weights; weights='DEFAULT'"):
+        load_model("vgg", weights="DEFAULT")
+    with pytest.raises(ValueError, match="no shipped network 'vit16'; available: 'vgg', 'resnet'"):
+        model_card("vit16")
+
+
+def test_other_libraries_networks():
+    for name in ("torchvision/mobilenet_v2", "timm/test_resnet"):
+        model = load_model(name)
+        assert isinstance(model, nn.Module) and not model.training
+        assert pxp.find_components(model, example=torch.zeros(1, 3, 64, 64)).total > 0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_architectures_take_other_class_numbers(name):
+    model = SHIPPED[name](num_classes=3).eval()
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
+
+
+# --- the recipe --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(data):
+    images, labels = data.tune
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:256]
+    return Split(images[order], labels[order]), Split(data.eval.images[:100], data.eval.labels[:100])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch, stop_after):
+    def go(where: str) -> tuple[dict, bytes]:
+        (tmp_path / where).mkdir(exist_ok=True)
+        card = train("vgg", epochs=1, seed=3, run_folder=tmp_path / where, asset_folder=tmp_path / where, data=tiny)
+        return card, (tmp_path / where / "vgg.safetensors").read_bytes()
+
+    card, blob = go("whole")
+    assert card["sha256"] == hashlib.sha256(blob).hexdigest() and card["epochs"] == 3
+    assert json.loads((tmp_path / "whole" / "vgg.json").read_text()) == card
+    assert load_model("vgg", folder=tmp_path / "whole")(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+    calls, measure = [], recipe._test_accuracy
+
+    def interrupt(model, test):
+        calls.append(1)
+        if len(calls) > stop_after:  # in the middle of the next epoch, before its state is saved
+            raise KeyboardInterrupt
+        return measure(model, test)
+
+    monkeypatch.setattr(recipe, "_test_accuracy", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go("stopped")
+    assert not (tmp_path / "stopped" / "vgg.safetensors").exists()
+    monkeypatch.setattr(recipe, "_test_accuracy", measure)
+    torch.manual_seed(99)
+    torch.rand(5)
+    again, same_blob = go("stopped")
+    assert again == card and same_blob == blob
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+def test_a_state_of_another_run_is_refused(tiny, tmp_path):
+    small = Split(tiny[0].images[:128], tiny[0].labels[:128]), tiny[1]
+    train("vgg", epochs=1, seed=0, run_folder=tmp_path, asset_folder=tmp_path, data=small)
+    with pytest.raises(ValueError, match=r"is of a run with epochs=1, seed=0, not epochs=1, seed=1; delete it"):
+        train("vgg", epochs=1, seed=1, run_folder=tmp_path, asset_folder=tmp_path, data=small)
+    with pytest.raises(ValueError, match="unknown network 'lenet'; available: 'vgg', 'resnet'"):
+        train("lenet")
