@@ -220,7 +220,9 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
         raise ValueError(f"labels must be class indices from 0, got {int(labels.min())}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
     images = images.detach().to(parameter)
-    return images.clone() if images.is_inference() else images, labels.to(parameter.device).long()
+    labels = labels.to(parameter.device).long()
+    # tensors made in inference mode cannot be part of a graph
+    return tuple(part.clone() if part.is_inference() else part for part in (images, labels))  # type: ignore[return-value]
 
 
 def _start(twin: nn.Module, images: Tensor, labels: Tensor, criterion: Criterion, rules) -> Tensor:
@@ -254,6 +256,11 @@ def _start(twin: nn.Module, images: Tensor, labels: Tensor, criterion: Criterion
             return target.sum()
 
 
+def _backward(start: Tensor) -> None:
+    if start.requires_grad:  # else no scored layer has any influence on it
+        start.backward()
+
+
 def _component_values(
     twin: nn.Module, images: Tensor, labels: Tensor, units: Components, criterion: Criterion, rules
 ) -> dict[str, Tensor]:
@@ -276,7 +283,10 @@ def _component_values(
     with _probe(twin, units.trace, units, read(reading)):
         for step in range(1, steps + 1):
             point = images if steps == 1 else images * (step / steps)
-            _start(twin, point, labels, criterion, rules).backward()
+            _backward(_start(twin, point, labels, criterion, rules))
+    # a layer of which nothing depends on its output (inside a constant gate) was never read
+    for name in units.keys() - values.keys():
+        values[name] = torch.zeros(len(labels), 1, units[name].size)
     return {name: value / steps for name, value in values.items()}
 
 
@@ -298,10 +308,13 @@ def _integrated(
     with _probe(twin, units.trace, units, note):
         for step in range(1, criterion.steps + 1):
             calls.clear()
-            _start(twin, images * (step / criterion.steps), labels, criterion, rules).backward()
+            _backward(_start(twin, images * (step / criterion.steps), labels, criterion, rules))
     starts: dict[str, list[Tensor]] = {}
     if not criterion.influence:
-        with torch.no_grad(), _listen(twin, units, lambda name, output: starts.setdefault(name, []).append(output)):
+        with (
+            torch.no_grad(),
+            _listen(twin, units, lambda name, output: starts.setdefault(name, []).append(output.clone())),
+        ):
             twin(torch.zeros_like(images[:1]))
     values: dict[str, Tensor] = {}
     for (name, call), flow in flows.items():

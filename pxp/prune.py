@@ -307,6 +307,10 @@ def _silence(pruned: Tensor, layer: nn.Module):
     return hook
 
 
+_GROUPS = {"mask": {"kept"}, "scores": {"magnitude", "signed"}}
+_EXTRA: dict[str, tuple[str, ...]] = {"mask": (), "scores": ("criterion", "samples")}
+
+
 def _save(
     path: str | Path,
     what: str,
@@ -330,19 +334,20 @@ def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["pxp"])
-            if header["what"] != what:
-                raise ValueError(f"{path} holds {header['what']}, not {what}")
             tensors: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no file written by pxp, or it is damaged: {error}") from error
-    found = header["trace"]
-    structure = Trace(
-        tuple(found["order"]), {name: tuple(norms) for name, norms in found["norms"].items()}, found["activations"]
-    )
-    layers = [
-        Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]
-    ]
-    return Components(header["kind"], layers, structure), tensors, header["extra"]
+        found = header["trace"]
+        structure = Trace(
+            tuple(found["order"]), {name: tuple(norms) for name, norms in found["norms"].items()}, found["activations"]
+        )
+        layers = [
+            Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]
+        ]
+        kind, extra = header["kind"], {name: header["extra"][name] for name in _EXTRA[what]}
+        if header["what"] != what or set(tensors) != _GROUPS[what]:
+            raise KeyError(f"it holds {header['what']}, not {what}")
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no {what} file written by pxp, or it is damaged: {error}") from error
+    return Components(kind, layers, structure), tensors, extra

@@ -92,7 +92,7 @@ _Key = tuple[int, int]
 
 
 def _key(tensor: Tensor) -> _Key:
-    return id(tensor), tensor._version
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -155,8 +155,10 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     for name, module in twin.named_modules():
         if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)) or is_activation(module):
             module.register_forward_hook(note(name, module))
-    with torch.inference_mode(False), torch.no_grad(), _Uses() as uses:
-        twin(images.clone() if images.is_inference() else images)
+    with torch.inference_mode(False), torch.no_grad():
+        images = images.clone() if images.is_inference() else images
+        with _Uses() as uses:
+            twin(images)
 
     norms: dict[str, list[str]] = {}
     followers: dict[str, set[str | None]] = {}

@@ -43,7 +43,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if module.weight is not None:
                 uniform(module.weight, 0.6, 1.4)
                 uniform(module.bias, -0.2, 0.2)
-        elif isinstance(module, nn.Linear) or hasattr(module, "kernel_size") and hasattr(module, "weight"):
+        elif isinstance(module, nn.Linear) or (hasattr(module, "kernel_size") and hasattr(module, "weight")):
             fan_in = module.weight[0].numel()
             uniform(module.weight, -((6 / fan_in) ** 0.5), (6 / fan_in) ** 0.5)
             if module.bias is not None:

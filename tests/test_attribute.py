@@ -117,7 +117,9 @@ def test_neurons_take_the_absolute_value_per_token():
 
 STARTS = {
     "logit": target_sum,
-    "one": lambda logits, labels: (logits.gather(1, labels[:, None]) / logits.gather(1, labels[:, None]).detach()).sum(),
+    "one": lambda logits, labels: (
+        logits.gather(1, labels[:, None]) / logits.gather(1, labels[:, None]).detach()
+    ).sum(),
     "margin": lambda logits, labels: sum(
         row[c] - max(row[k] for k in range(len(row)) if k != c) for row, c in zip(logits, labels.tolist(), strict=True)
     ),
@@ -133,7 +135,9 @@ def test_starts(start):
     outputs, gradients = flows(model, x, labels, sites(units), STARTS[start])
     scores = pxp.attribute(model, (x, labels), units, pxp.LRP(pxp.Epsilon(0), start=start))
     taylor = pxp.attribute(model, (x, labels), units, pxp.Taylor(start=start))
-    gradients_of_path = pxp.attribute(model, (x, labels), units, pxp.IntegratedGradients(1, influence=True, start=start))
+    gradients_of_path = pxp.attribute(
+        model, (x, labels), units, pxp.IntegratedGradients(1, influence=True, start=start)
+    )
     for layer in units:
         expected = (outputs[layer] * gradients[layer]).detach().flatten(2).sum(2)
         assert relative(scores.signed[layer], expected.mean(0)) < 1e-9
@@ -188,7 +192,7 @@ def test_integrated_gradients_by_hand(name):
 
 
 def test_integrated_gradients_are_complete_at_the_input():
-    model, x, labels, units = network("vgg")
+    model, x, labels, _units = network("vgg")
     heat = pxp.heatmap(model, x, labels, pxp.IntegratedGradients(steps=100))
     logits = (model(x) - model(torch.zeros_like(x))).gather(1, labels[:, None])[:, 0].detach()
     torch.testing.assert_close(heat.flatten(1).sum(1), logits, rtol=0.02, atol=0.02)
@@ -321,9 +325,7 @@ def test_any_state_of_the_model_is_fine_and_kept(name, criterion, untouched):
     assert close(pxp.attribute(model, (images, labels), units, criterion), expected, 1e-12)
     assert images.grad is None and images.requires_grad
     if isinstance(criterion, pxp.LRP | pxp.Taylor | pxp.IntegratedGradients):
-        assert relative(
-            pxp.heatmap(model, x, labels, criterion), pxp.heatmap(clean, x, labels, criterion)
-        ) < 1e-12
+        assert relative(pxp.heatmap(model, x, labels, criterion), pxp.heatmap(clean, x, labels, criterion)) < 1e-12
 
 
 class Fails(nn.Module):
@@ -343,7 +345,9 @@ class Fails(nn.Module):
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize(
-    "criterion", [c for c in CRITERIA if not isinstance(c, pxp.Magnitude | pxp.Random)] + [_zennit_like()], ids=repr
+    "criterion",
+    [c for c in CRITERIA if not isinstance(c, pxp.Magnitude | pxp.Random)] + [_zennit_like()],
+    ids=lambda criterion: repr(criterion).partition(" object at")[0],
 )
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(criterion, error):
     model, x, labels, units = _prepared("vgg")

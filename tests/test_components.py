@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -26,7 +28,7 @@ def build(name: str) -> nn.Module:
             model = torchvision.models.get_model(name, weights=None, init_weights=False)
         model.avgpool = nn.AdaptiveAvgPool2d(1)
         sizes = (512, 64, 32, 10)
-        for index, (before, after) in zip((0, 3, 6), zip(sizes, sizes[1:], strict=False), strict=True):
+        for index, (before, after) in zip((0, 3, 6), itertools.pairwise(sizes), strict=True):
             model.classifier[index] = nn.Linear(before, after, device="meta")
         return randomise(model.to_empty(device="cpu")).float()
     return torchvision.models.get_model(name, weights=None)
@@ -62,7 +64,7 @@ def zoo(request):
 
 
 def test_filters_of_the_libraries_networks(zoo):
-    name, model, _, units, filters = zoo
+    _name, model, _, units, filters = zoo
     convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert set(units) == set(convolutions)
     assert all(units[n].size == m.out_channels for n, m in convolutions.items())
@@ -85,7 +87,9 @@ def test_every_batch_norm_behind_a_convolution_is_folded_and_the_outputs_stay(zo
     left = [n for n, m in twin.named_modules() if isinstance(m, NORMS)]
     if name == "densenet121":
         # the BatchNorms in front of the convolutions follow a concatenation; denselayers' second ones are folded
-        assert all(n.endswith(("norm1", "transition1.norm", "transition2.norm", "transition3.norm", "norm5")) for n in left)
+        assert all(
+            n.endswith(("norm1", "transition1.norm", "transition2.norm", "transition3.norm", "norm5")) for n in left
+        )
         assert len(left) == 58 + 3 + 1
     else:
         assert left == []
@@ -94,7 +98,7 @@ def test_every_batch_norm_behind_a_convolution_is_folded_and_the_outputs_stay(zo
 
 
 def test_lrp_runs_on_the_libraries_networks(zoo, untouched):
-    name, model, x, units, _ = zoo
+    _name, model, x, units, _ = zoo
     untouched(model)
     scores = pxp.attribute(model, (x, torch.tensor([1, 2])), units, pxp.LRP("epsilon", low="zplus", high="gamma"))
     gates = [n for n in units if ".se." in n or ".fc1" in n or ".fc2" in n or "conv_reduce" in n]
@@ -103,7 +107,8 @@ def test_lrp_runs_on_the_libraries_networks(zoo, untouched):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "timm/test_efficientnet", "timm/seresnet18", "timm/resnet18"]
+    "name",
+    ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "timm/test_efficientnet", "timm/seresnet18", "timm/resnet18"],
 )
 def test_the_logit_is_conserved_through_any_block_without_biases(name):
     """ReLU, SiLU, Hardswish, gates of squeeze-and-excitation, residual sums: the input receives the whole logit."""
@@ -181,7 +186,7 @@ def test_neurons():
 
 
 def test_one_and_three_dimensions():
-    model, x, labels, units = network("conv1d")
+    _model, x, _labels, units = network("conv1d")
     assert [layer.size for layer in units.values()] == [6, 8, 8]
     assert [layer.site for layer in units.values()] == [("1",), ("4",), ("6",)]
     cube = randomise(nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)))
@@ -236,7 +241,7 @@ class PreActivation(nn.Module):
 @pytest.mark.parametrize("join", ["add", "inplace", "cat", "stack"])
 def test_a_batch_norm_that_is_not_the_only_reader_is_not_folded(join):
     model = randomise(PreActivation(join))
-    x, labels = torch.randn(4, 1, 8, 8).double(), torch.tensor([0, 1, 2, 0])
+    x, _labels = torch.randn(4, 1, 8, 8).double(), torch.tensor([0, 1, 2, 0])
     units = pxp.find_components(model, example=x)
     twin = replica(model)
     fold_batch_norm(twin, units.trace)
@@ -268,7 +273,9 @@ def test_batch_norm_without_affine_or_frozen_is_folded():
 
 
 def test_batch_norm_with_batch_statistics_is_an_error():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(144, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(144, 3)
+    )
     units = pxp.find_components(model, example=torch.randn(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"BatchNorm '1' has no running statistics"):
         pxp.attribute(model, (torch.randn(2, 1, 8, 8), torch.tensor([0, 1])), units, pxp.LRP())
@@ -364,7 +371,16 @@ def test_groups_of_resnets_are_the_papers(name):
 
 @pytest.mark.parametrize(
     ("convolutions", "expected"),
-    [(1, "l"), (2, "lh"), (3, "lmh"), (4, "lmmh"), (5, "llmhh"), (8, "llmmmmhh"), (9, "lllmmmhhh"), (13, "llllmmmmmhhhh")],
+    [
+        (1, "l"),
+        (2, "lh"),
+        (3, "lmh"),
+        (4, "lmmh"),
+        (5, "llmhh"),
+        (8, "llmmmmhh"),
+        (9, "lllmmmhhh"),
+        (13, "llllmmmmmhhhh"),
+    ],
 )
 def test_groups_by_depth(convolutions, expected):
     model = nn.Sequential(*[nn.Conv2d(1, 1, 1) for _ in range(convolutions)], nn.Flatten(), nn.Linear(16, 2))

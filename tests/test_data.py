@@ -79,7 +79,9 @@ def test_damaged_files(assets):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"fashion-mnist\.npz does not have the SHA-256 of its card fashion-mnist\.json"):
+    with pytest.raises(
+        ValueError, match=r"fashion-mnist\.npz does not have the SHA-256 of its card fashion-mnist\.json"
+    ):
         load_dataset()
     path.write_bytes(content[:1000])
     with pytest.raises(ValueError, match="does not have the SHA-256"):

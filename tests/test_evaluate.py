@@ -102,7 +102,7 @@ NETS = {
 def test_the_fast_curve_is_the_loop_with_masked(name):
     make, channels, side = NETS[name]
     model = randomise(make()).float()
-    images = torch.randn(40, channels, side, side)
+    images = torch.randn(30, channels, side, side)
     units = pxp.find_components(model, example=images)
     with torch.no_grad():
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
@@ -111,7 +111,7 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
     scores = pxp.attribute(model, (images[:8], labels[:8]), units, pxp.LRP("zplus"))
     model.train()
     before = snapshot(model)
-    rates = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 0.95)
+    rates = (0.0, 0.05, 0.1, 0.2, 0.5, 0.8)
     curve = pxp.pruning_curve(model, scores, (images, labels), rates=rates)
     by_hand = []
     for rate in rates:

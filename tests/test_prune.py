@@ -64,7 +64,7 @@ def scores():
         ({"rate": 0.09}, set()),
         ({"rate": 0.11}, {("a", 2)}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_select(scores, options, expected):
     before = {name: values.clone() for name, values in scores.items()}
@@ -82,9 +82,7 @@ def test_ties_go_to_the_earlier_layer_and_lower_index():
     assert pruned(scores.select(1.0, min_keep=1)) == {("late", 0), ("early", 0)}
 
 
-LAYERS = st.lists(
-    st.lists(st.floats(-5, 5, allow_nan=False, width=16), min_size=1, max_size=7), min_size=1, max_size=4
-)
+LAYERS = st.lists(st.lists(st.floats(-5, 5, allow_nan=False, width=16), min_size=1, max_size=7), min_size=1, max_size=4)
 OPTIONS = st.fixed_dictionaries(
     {
         "by": st.sampled_from(["magnitude", "signed"]),
@@ -104,14 +102,14 @@ def test_masks_are_nested_and_of_the_right_size(layers, options, one, other):
     small, large = scores.select(low, **options), scores.select(high, **options)
     assert pruned(small) <= pruned(large)
     guard = options["min_keep"]
-    for name, kept in large.items():
+    for _name, kept in large.items():
         assert int(kept.sum()) >= min(guard, len(kept))
     sizes = [len(values) for values in layers]
     if options["scope"] == "global":
         free = sum(max(0, size - guard) for size in sizes)
         assert len(pruned(large)) == min(round(high * sum(sizes)), free)
     else:
-        for name, kept in large.items():
+        for _name, kept in large.items():
             assert int((~kept).sum()) == min(round(high * len(kept)), max(0, len(kept) - guard))
     assert pruned(scores.select(low, **options)) == pruned(small)
 
@@ -152,7 +150,7 @@ def zeroed(model: nn.Module, mask: pxp.Mask) -> nn.Module:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "bottleneck", "grouped", "conv1d"])
 def test_masked_is_the_physically_zeroed_network(name, rate, untouched):
-    model, x, labels, units = network(name)
+    model, x, _labels, units = network(name)
     mask = pxp.attribute(model, None, units, pxp.Random(2)).select(rate)
     untouched(model)
     with pxp.masked(model, mask) as same_model:
@@ -164,7 +162,7 @@ def test_masked_is_the_physically_zeroed_network(name, rate, untouched):
 
 @pytest.mark.parametrize("name", ["vgg", "resnet", "grouped"])
 def test_a_pruned_filter_is_exactly_zero_behind_batch_norm(name):
-    model, x, labels, units = network(name)
+    model, x, _labels, units = network(name)
     mask = pxp.attribute(model, None, units, pxp.Random(2)).select(0.4)
     seen = {}
     with pxp.masked(model, mask):
@@ -201,7 +199,7 @@ def test_every_single_mask_changes_the_logits(name):
 
 
 def test_masks_nest_and_restore(untouched):
-    model, x, labels, units = network("vgg")
+    model, x, _labels, units = network("vgg")
     untouched(model)
     one, two = (pxp.attribute(model, None, units, pxp.Random(seed)).select(0.3) for seed in (0, 1))
     both = pxp.Mask(units, {name: one[name] & two[name] for name in units})
@@ -220,7 +218,7 @@ def test_masks_nest_and_restore(untouched):
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_an_exception_unmasks(error, untouched):
-    model, x, labels, units = network("vgg")
+    model, _x, _labels, units = network("vgg")
     model.features[0].register_forward_hook(lambda *_: None)
     untouched(model)
     mask = pxp.attribute(model, None, units, pxp.Random()).select(0.5)
@@ -229,7 +227,7 @@ def test_an_exception_unmasks(error, untouched):
 
 
 def test_masks_work_in_training_mode_and_with_gradients():
-    model, x, labels, units = network("vgg")
+    model, x, _labels, units = network("vgg")
     mask = pxp.attribute(model, None, units, pxp.Random()).select(0.5)
     model.train()
     with pxp.masked(model, mask):
@@ -240,7 +238,7 @@ def test_masks_work_in_training_mode_and_with_gradients():
 
 
 def test_the_mask_of_a_nan_is_zero():
-    model, x, labels, units = network("vgg")
+    model, x, _labels, units = network("vgg")
     with torch.no_grad():
         model.features[0].weight[3] = torch.nan
     kept = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}

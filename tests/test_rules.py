@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
-from conftest import NETWORKS, network, randomise, relative, without_biases
+from conftest import network, randomise, relative, without_biases
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from zennit import rules as zennit_rules
@@ -73,7 +74,7 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
     twin = copy.deepcopy(model)
     for parent in list(twin.modules()):
         children = list(parent.named_children())
-        for (one, conv), (two, norm) in zip(children, children[1:], strict=False):
+        for (one, conv), (two, norm) in itertools.pairwise(children):
             if isinstance(conv, AFFINE) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
                 setattr(parent, one, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, two, nn.Identity())
@@ -103,10 +104,9 @@ def zennit_relevance(
     with composite.context(twin):
         handles = [
             module.register_forward_hook(
-                lambda module, inputs, output, name=name: output.register_hook(
-                    lambda flow: flows.__setitem__(name, flow)
+                lambda module, inputs, output, name=name: (
+                    output.register_hook(lambda flow: flows.__setitem__(name, flow)) and None
                 )
-                and None
             )
             for name, module in twin.named_modules()
             if isinstance(module, AFFINE)
@@ -174,7 +174,7 @@ def test_input_rules_agree_with_zennit(name, rule, zero_params):
 
 
 def test_input_rules_give_relevance_to_black_pixels():
-    model, x, labels, units = network("vgg", samples=2)
+    model, x, labels, _units = network("vgg", samples=2)
     x = x.clamp(min=0)  # half of the pixels are exactly black
     for rule, (ours, theirs) in INPUT_RULES.items():
         heat, _, _ = zennit_relevance(
@@ -431,7 +431,7 @@ def test_rules_leave_the_outputs_as_they_are(name, rule):
 
 @pytest.mark.parametrize("rule", ["gamma", "zplus", "alpha2beta1"])
 def test_wide_linear_layers_in_blocks_are_the_same(rule, monkeypatch):
-    model, x, labels, units = network("mlp")
+    model, x, labels, _units = network("mlp")
     whole = pxp.heatmap(model, x, labels, pxp.LRP(rule))
     monkeypatch.setattr("pxp.rules._BLOCK", 24)
     assert relative(pxp.heatmap(model, x, labels, pxp.LRP(rule)), whole) < 1e-13
