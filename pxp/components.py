@@ -166,9 +166,13 @@ def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    if example is not None:
-        return trace(model, example[:1].to(reference))
     replica(model)  # what cannot be copied is an error of its own
+    if example is not None:
+        try:
+            return trace(model, example[:1].to(reference))
+        except (RuntimeError, ValueError) as problem:
+            shape = tuple(example.shape)
+            raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
     candidates = _input_shapes(model)
     error: Exception | None = None
     for shape in candidates:

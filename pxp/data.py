@@ -229,8 +229,12 @@ def verify(path: Path) -> dict:
     for needed in (path, card_path):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed} is missing; reinstall pxp (its data files ship with the package)")
-    card = json.loads(card_path.read_text())
-    if sha256(path) != card["sha256"]:
+    try:
+        card = json.loads(card_path.read_text())
+        expected = card["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{card_path} is damaged ({error}); reinstall pxp") from error
+    if sha256(path) != expected:
         raise ValueError(f"{path} does not have the SHA-256 of its card {card_path.name}: damaged or replaced file")
     return card
 
@@ -248,17 +252,17 @@ def _read_full(root: str | Path | None) -> tuple[np.ndarray, ...]:
         base = Path.home() / ".cache" / "pxp" if root is None else Path(root)
         packed = [next(base.glob(f"{stem}*"), None) for stem in _IDX_FILES]
         download = root is None
-        if all(packed):
-            # torchvision reads only its own layout of unpacked files, and root may be read-only
-            raw = Path(scratch) / "FashionMNIST" / "raw"
-            raw.mkdir(parents=True)
-            for file, stem in zip(packed, _IDX_FILES, strict=True):
-                assert file is not None
-                with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as source:
-                    with open(raw / stem, "wb") as target:
-                        shutil.copyfileobj(source, target)
-            base = Path(scratch)
         try:
+            if all(packed):
+                # torchvision reads only its own layout of unpacked files, and root may be read-only
+                raw = Path(scratch) / "FashionMNIST" / "raw"
+                raw.mkdir(parents=True)
+                for file, stem in zip(packed, _IDX_FILES, strict=True):
+                    assert file is not None
+                    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as source:
+                        with open(raw / stem, "wb") as target:
+                            shutil.copyfileobj(source, target)
+                base = Path(scratch)
             train, test = (FashionMNIST(str(base), train=part, download=download) for part in (True, False))
         except Exception as error:
             raise FileNotFoundError(

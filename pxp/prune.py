@@ -308,7 +308,7 @@ def _silence(pruned: Tensor, layer: nn.Module):
 
 
 _GROUPS = {"mask": {"kept"}, "scores": {"magnitude", "signed"}}
-_EXTRA: dict[str, tuple[str, ...]] = {"mask": (), "scores": ("criterion", "samples")}
+_EXTRA = {"mask": set(), "scores": {"criterion", "samples"}}
 
 
 def _save(
@@ -334,6 +334,8 @@ def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["pxp"])
+            if header["what"] != what:
+                raise KeyError(f"it holds {header['what']}, not {what}")
             tensors: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():
                 group, _, name = key.partition("/")
@@ -345,9 +347,9 @@ def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, 
         layers = [
             Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]
         ]
-        kind, extra = header["kind"], {name: header["extra"][name] for name in _EXTRA[what]}
-        if header["what"] != what or set(tensors) != _GROUPS[what]:
-            raise KeyError(f"it holds {header['what']}, not {what}")
+        kind, extra = header["kind"], header["extra"]
+        if set(tensors) != _GROUPS[what] or set(extra) != _EXTRA[what]:
+            raise KeyError(f"it holds {', '.join([*tensors, *extra])}")
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no {what} file written by pxp, or it is damaged: {error}") from error
     return Components(kind, layers, structure), tensors, extra

@@ -193,7 +193,7 @@ def test_integrated_gradients_by_hand(name):
 
 def test_integrated_gradients_are_complete_at_the_input():
     model, x, labels, _units = network("vgg")
-    heat = pxp.heatmap(model, x, labels, pxp.IntegratedGradients(steps=100))
+    heat = pxp.heatmap(model, x, labels, pxp.IntegratedGradients(steps=60))
     logits = (model(x) - model(torch.zeros_like(x))).gather(1, labels[:, None])[:, 0].detach()
     torch.testing.assert_close(heat.flatten(1).sum(1), logits, rtol=0.02, atol=0.02)
 

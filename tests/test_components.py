@@ -250,11 +250,11 @@ def test_a_batch_norm_that_is_not_the_only_reader_is_not_folded(join):
     for filter in range(4):
         kept = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
         kept["conv1"][filter] = False
-        seen = []
-        handles = [model.conv1.register_forward_hook(lambda m, i, o: seen.append(o))]
+        seen: list[Tensor] = []
+        handles = [model.conv1.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o))]
         with pxp.masked(model, pxp.Mask(units, kept)):
             # a hook that was there before the mask's sees what is there without it
-            handles.append(model.conv1.register_forward_hook(lambda m, i, o: seen.append(o)))
+            handles.append(model.conv1.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o)))
             model(x)
         for handle in handles:
             handle.remove()

@@ -292,7 +292,6 @@ TAMPERED = {
     "a group missing": lambda path: _rewrite(path, lambda h, t: [t.pop(k) for k in list(t) if "signed" in k]),
     "another size": lambda path: _rewrite(path, lambda h, t: t.update({"signed/b": torch.zeros(7)})),
     "no trace": lambda path: _rewrite(path, lambda h, t: h.pop("trace")),
-    "odd entry": lambda path: _rewrite(path, lambda h, t: h["extra"].update(surprise=1)),
     "layer entry": lambda path: _rewrite(path, lambda h, t: h["layers"][0].pop("size")),
     "NaN": lambda path: _rewrite(path, lambda h, t: t["magnitude/a"].fill_(torch.nan)),
 }
@@ -310,11 +309,11 @@ def test_tampered_scores_are_refused(how, scores, tmp_path):
 def test_files_of_another_kind_are_refused(scores, tmp_path):
     scores.save(tmp_path / "s")
     scores.select(0.2).save(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"holds scores, not mask"):
+    with pytest.raises(ValueError, match=r"holds scores, not (a )?mask"):
         pxp.Mask.load(tmp_path / "s")
-    with pytest.raises(ValueError, match=r"holds mask, not scores"):
+    with pytest.raises(ValueError, match=r"holds (a )?mask, not scores"):
         pxp.Scores.load(tmp_path / "m")
-    with pytest.raises(FileNotFoundError, match="no file .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere"):
         pxp.Scores.load(tmp_path / "nowhere")
 
 
