@@ -31,7 +31,6 @@ def _with(x: torch.Tensor, value: float) -> torch.Tensor:
     return x
 
 
-# ruff: noqa: E501 - one case, one line
 REFS = {
     "no sample": (lambda x, y: (x[:0], y[:0]), ValueError, r"images must be a non-empty batch .* got shape \(0, 1, 28, 28\)"),
     "empty loader": (lambda x, y: DataLoader(TensorDataset(x[:0], y[:0])), ValueError, "the reference set is empty"),
