@@ -22,8 +22,6 @@ from .replica import CONVOLUTIONS, Trace, fold_batch_norm, replica
 
 Criterion: TypeAlias = LRP | Composite | Taylor | IntegratedGradients | Activation | Magnitude | Random
 EPSILON = LRP("epsilon")
-# one component's quantity of one sample, from its output and what flowed back to it (both (N, C, ...) or (N, ..., C))
-Reading = Callable[[Tensor, Tensor], Tensor]
 
 
 def attribute(
@@ -269,18 +267,14 @@ def _component_values(
         return _activations(twin, images, units)
     values: dict[str, Tensor] = {}
 
-    def read(reading: Reading):
-        def note(name: str, output: Tensor, flow: Tensor) -> None:
-            value = _per_component(twin, name, reading(output, flow))
-            values[name] = values[name] + value if name in values else value
-
-        return note
+    def note(name: str, output: Tensor, flow: Tensor) -> None:
+        value = _per_component(twin, name, flow, None if _carries_relevance(criterion) else output)
+        values[name] = values[name] + value if name in values else value
 
     if isinstance(criterion, IntegratedGradients):
         return _integrated(twin, images, labels, units, criterion, rules)
-    reading = (lambda output, flow: flow) if _carries_relevance(criterion) else (lambda output, flow: output * flow)
     steps = _path(criterion)
-    with _probe(twin, units.trace, units, read(reading)):
+    with _probe(twin, units.trace, units, note):
         for step in range(1, steps + 1):
             point = images if steps == 1 else images * (step / steps)
             _backward(_start(twin, point, labels, criterion, rules))
@@ -305,7 +299,7 @@ def _integrated(
         flows[key] = flows[key] + flow if key in flows else flow.clone()
         ends[key] = output
 
-    with _probe(twin, units.trace, units, note):
+    with _probe(twin, units.trace, units, note, exact=True):
         for step in range(1, criterion.steps + 1):
             calls.clear()
             _backward(_start(twin, images * (step / criterion.steps), labels, criterion, rules))
@@ -341,11 +335,15 @@ def _activations(twin: nn.Module, images: Tensor, units: Components) -> dict[str
     return values
 
 
-def _per_component(twin: nn.Module, name: str, elements: Tensor) -> Tensor:
+def _per_component(twin: nn.Module, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
     """Sum (N, C, *space) over space, or view (N, *tokens, C), as (N, tokens, C); a filter has one token."""
-    if isinstance(twin.get_submodule(name), CONVOLUTIONS):
+    if not isinstance(twin.get_submodule(name), CONVOLUTIONS):
+        elements = elements if factor is None else elements * factor
+        return elements.reshape(len(elements), -1, elements.shape[-1])
+    if factor is None:
         return elements.flatten(2).sum(2).unsqueeze(1)
-    return elements.reshape(len(elements), -1, elements.shape[-1])
+    # a product of matrices, so that the product of the elements is never stored
+    return torch.matmul(elements.flatten(2).unsqueeze(2), factor.flatten(2).unsqueeze(3))[..., 0, 0].unsqueeze(1)
 
 
 @contextmanager
@@ -364,16 +362,32 @@ def _listen(twin: nn.Module, units: Components, note: Callable[[str, Tensor], No
             handle.remove()
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 @contextmanager
 def _probe(
-    twin: nn.Module, structure: Trace, units: Components | None, note: Callable[[str, Tensor, Tensor], None] | None
+    twin: nn.Module,
+    structure: Trace,
+    units: Components | None,
+    note: Callable[[str, Tensor, Tensor], None] | None,
+    *,
+    exact: bool = False,
 ) -> Iterator[None]:
     """Call ``note(layer, output, flow)`` in the backward pass; shield all layers' outputs from in-place operations.
 
     ``flow`` is what arrives at the output before the layer's own rule rescales it. The graph starts at the first
-    component layers: nothing below them is differentiated.
+    component layers: nothing below them is differentiated. Where a ReLU follows, ``output`` is the ReLU's unless
+    ``exact``: nothing flows where the two differ, and the next layer holds it in memory anyway.
     """
     modules = dict(twin.named_modules())
+    rectified = {
+        name: activation
+        for name, activation in structure.activations.items()
+        if not exact and type(modules[activation]) is nn.ReLU and not _hooked(modules[activation])
+    }
+    waiting: dict[int, list[Tensor]] = {}
 
     def hook(name: str, read: bool):
         shield = name not in structure.activations  # an activation module's output is a new tensor
@@ -384,17 +398,27 @@ def _probe(
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             seen = output.clone() if shield else output.view_as(output)
-            value = [output.detach()]  # given up when read, so that memory falls during the backward pass
+            value: list[Tensor] = []  # given up when read, so that memory falls during the backward pass
+            if name in rectified:
+                waiting[id(seen)] = value
+            else:
+                value.append(output.detach())
             seen.register_hook(lambda flow: note(name, value.pop(), flow))  # type: ignore[misc]
             return seen
 
         return forward
+
+    def rectify(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        value = waiting.pop(id(inputs[0]), None)
+        if value is not None:
+            value.append(output.detach())
 
     handles = [
         modules[site].register_forward_hook(hook(name, units is not None and name in units))
         for name in structure.order
         for site in structure.site(name)
     ]
+    handles += [modules[activation].register_forward_hook(rectify) for activation in set(rectified.values())]
     try:
         yield
     finally:

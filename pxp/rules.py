@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional as F
 from zennit.core import Hook
 
 _BLOCK = 2**20  # weights
@@ -39,20 +40,24 @@ def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> C
     return twin.forward
 
 
-def _lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply the module to ``x`` with the weight ``change(weight)`` and no bias, without storing that weight.
+def _lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply the module to ``x`` with the weight ``change(weight)`` and another bias, without storing that weight.
 
     Backward makes it anew, and a large linear layer goes through it in blocks of rows that fit the processor's cache.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     if not isinstance(module, nn.Linear):
-        return _block(module, weight, change, x)
+        return _block(module, weight, change, x, bias)
     rows = max(1, _BLOCK // module.in_features)
-    blocks = [_block(module, part, change, x) for part in weight.split(rows)]
+    weights = weight.split(rows)
+    biases = [None] * len(weights) if bias is None else bias.split(rows)
+    blocks = [_block(module, part, change, x, shift) for part, shift in zip(weights, biases, strict=True)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
-def _block(module: nn.Module, weight: Tensor, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _block(
+    module: nn.Module, weight: Tensor, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None
+) -> Tensor:
     changed = change(weight)
     weight_at, strides = changed.data_ptr(), changed.stride()
 
@@ -63,7 +68,7 @@ def _block(module: nn.Module, weight: Tensor, change: Callable[[Tensor], Tensor]
         return packed if isinstance(packed, Tensor) else change(weight) if packed else change(weight).t()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return with_parameters(module, changed, None)(x)
+        return with_parameters(module, changed, bias)(x)
 
 
 def _positive_part(tensor: Tensor) -> Tensor:
@@ -78,17 +83,44 @@ def _not_negative(x: Tensor) -> bool:
     return bool(x.detach().min() >= 0)
 
 
+class _Once:
+    """Tensors that the backward pass takes once: memory falls on the way, and what was taken may be overwritten."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = [tensors]
+
+    def take(self) -> tuple[Tensor, ...]:
+        if not self._tensors:
+            raise RuntimeError("a rule's graph can be walked back only once; run the model again")
+        return self._tensors.pop()
+
+
+def _over(z: Tensor, denominator: Tensor) -> Tensor:
+    """z / denominator, written over the denominator: a large new tensor costs more than the division."""
+    return torch.div(z, denominator, out=denominator)
+
+
+def _scaled(grad: Tensor, *shares: Tensor) -> tuple[Tensor, ...]:
+    return tuple(share.mul_(grad) for share in shares)
+
+
 class _Carry(Function):
-    """A tensor with the values of ``value`` whose gradient goes, scaled, to ``carriers``."""
+    """A tensor with the values of ``value`` whose gradient goes, weighed with the shares, to ``carriers``."""
 
     @staticmethod
-    def forward(ctx, value: tuple[Tensor], scales: tuple[Tensor, ...], *carriers: Tensor) -> Tensor:
-        ctx.save_for_backward(*scales)
+    def forward(
+        ctx,
+        value: tuple[Tensor],
+        shares: tuple[Tensor, ...],
+        weigh: Callable[..., tuple[Tensor, ...]],
+        *carriers: Tensor,
+    ) -> Tensor:
+        ctx.shares, ctx.weigh = _Once(*shares), weigh
         return value[0]  # in a tuple, so that autograd sees a new tensor, not an input returned as it is
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return None, None, *(grad * scale for scale in ctx.saved_tensors)
+        return None, None, None, *ctx.weigh(grad, *ctx.shares.take())
 
 
 class Rule(Hook):
@@ -136,12 +168,10 @@ class Rule(Hook):
         """Return a tensor with the values of ``output`` whose backward pass is the rule's."""
         raise TypeError(f"{type(self).__name__} defines no rule")
 
-    def _bias(self, module: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor | float:
-        """The part of the bias that the denominator keeps, shaped like the output's channels."""
+    def _bias(self, module: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The part of the bias that the denominator keeps."""
         bias = module.bias
-        if bias is None or self.zero_params:
-            return 0.0
-        return part(_channels(module, bias))  # type: ignore[arg-type]
+        return None if bias is None or self.zero_params else part(bias)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         options = [f"{value:g}" for value in self._values()]
@@ -178,11 +208,11 @@ class Epsilon(Rule):
         super().__init__(zero_params=zero_params, epsilon=epsilon)
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        held = [output.detach()]  # given up when used, so that memory falls during the backward pass
+        held = _Once(output.detach())
         bias = _channels(module, module.bias) if self.zero_params and module.bias is not None else None  # type: ignore[arg-type]
 
         def scale(grad: Tensor) -> Tensor:
-            z = held.pop()
+            (z,) = held.take()
             if bias is not None:
                 return grad * z / stabilize(z - bias, self.epsilon)
             ratio = z.abs()  # z / (z + ε sign z) without a sign
@@ -201,12 +231,22 @@ class _Signed(Rule):
     """
 
     @staticmethod
-    def contributions(module: nn.Module, x: Tensor, positive: bool) -> Tensor:
-        """Sum of the positive (or negative) contributions to each output, with a graph to ``x``."""
-        same, other = (_positive_part, _negative_part) if positive else (_negative_part, _positive_part)
+    def contributions(
+        module: nn.Module, x: Tensor, positive: bool, bias: Tensor | None = None, factor: float = 1.0
+    ) -> Tensor:
+        """``factor`` times the sum of positive (or negative) contributions, plus ``bias``, with a graph to ``x``."""
+
+        def same(weight: Tensor) -> Tensor:
+            part = _positive_part(weight) if positive else _negative_part(weight)
+            return part if factor == 1 else part.mul_(factor)
+
+        def other(weight: Tensor) -> Tensor:
+            part = _negative_part(weight) if positive else _positive_part(weight)
+            return part if factor == 1 else part.mul_(factor)
+
         if _not_negative(x):
-            return _lean(module, same, x)
-        return _lean(module, same, x.clamp(min=0)) + _lean(module, other, x.clamp(max=0))
+            return _lean(module, same, x, bias)
+        return _lean(module, same, x.clamp(min=0), bias) + _lean(module, other, x.clamp(max=0))
 
 
 class Gamma(_Signed):
@@ -243,29 +283,36 @@ class Gamma(_Signed):
         return 0.05 if isinstance(module, nn.Linear) else 0.25
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        if not self.rectified or not _not_negative(x):
-            return self._apply_to_any_sign(module, x, output)
-        # only positive outputs matter: one pass with w + γw⁺ carries everything
-        gamma = self._gamma(module)
-        carrier = _lean(module, lambda weight: weight.clamp(min=0).mul_(gamma).add_(weight), x)
-        z = output.detach()
-        upper = carrier.detach() + self._bias(module, lambda b: b + gamma * b.clamp(min=0))
-        return _Carry.apply((z,), (z.clamp(min=0).div_(stabilize(upper, self.epsilon)),), carrier)
+        gamma, z = self._gamma(module), output.detach()
+        if self.rectified and _not_negative(x):
+            # only positive outputs matter: one pass with w + γw⁺ carries everything
+            kept = self._bias(module, lambda b: b + gamma * b.clamp(min=0))
+            upper = _lean(module, lambda weight: weight.clamp(min=0).mul_(gamma).add_(weight), x, kept)
+            # without the bias the denominator may be negative
+            lower = stabilize(upper.detach(), self.epsilon) if self.zero_params else upper.detach().abs() + self.epsilon
+            share = z.clamp(min=0).div_(lower)
+            return _Carry.apply((z,), (share,), _scaled, upper)
+        if self.zero_params and module.bias is not None:
+            return self._apply_without_bias(module, x, output)
+        # With q the positive contributions and b⁺, the numerators of z > 0 are those of z + γq, those of z < 0 of
+        # z + γ(z − q). So the denominator has the sign of z, and its size is z + γq or −(1 + γ)z + γq.
+        q = self.contributions(module, x, True, self._bias(module, lambda b: gamma * b.clamp(min=0)), gamma)
+        share = _over(z, q.detach().add_(F.leaky_relu(z, -(1 + gamma))).add_(self.epsilon))
 
-    def _apply_to_any_sign(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        # with z0 = Σ a w and q its positive contributions, the numerators are z0 + γq and z0 + γ(z0 − q)
-        gamma = self._gamma(module)
+        def weigh(grad: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+            return F.leaky_relu(share, -(1 + gamma)).mul_(grad), share.mul_(grad)
+
+        return _Carry.apply((z,), (share,), weigh, output, q)
+
+    def _apply_without_bias(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        # the denominator may then have another sign than z
+        gamma, z = self._gamma(module), output.detach()
         q = self.contributions(module, x, positive=True)
-        z = output.detach()
-        z0 = z if module.bias is None else z - _channels(module, module.bias)  # type: ignore[arg-type]
+        z0 = z - _channels(module, module.bias)  # type: ignore[arg-type]
         up = z > 0
-        total = torch.add(z0, torch.where(up, q.detach(), z0 - q.detach()), alpha=gamma)
-        if module.bias is not None and not self.zero_params:
-            bias = _channels(module, module.bias)  # type: ignore[arg-type]
-            total += torch.where(up, bias + gamma * bias.clamp(min=0), bias + gamma * bias.clamp(max=0))
-        share = z / stabilize(total, self.epsilon)
-        to_q = share * torch.where(up, gamma, -gamma)
-        return _Carry.apply((z,), (torch.where(up, share, share * (1 + gamma)), to_q), output, q)
+        share = z / stabilize(torch.add(z0, torch.where(up, q.detach(), z0 - q.detach()), alpha=gamma), self.epsilon)
+        shares = torch.where(up, share, share * (1 + gamma)), share * torch.where(up, gamma, -gamma)
+        return _Carry.apply((z,), shares, _scaled, output, q)
 
     def _values(self) -> list[float]:
         return [] if self.gamma is None else [self.gamma]
@@ -281,11 +328,10 @@ class ZPlus(_Signed):
     """
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        q = self.contributions(module, x, positive=True)
-        # never negative, so the stabiliser is simply added
-        denominator = q.detach() + (self._bias(module, _positive_part) + self.epsilon)
+        q = self.contributions(module, x, True, self._bias(module, _positive_part))
         z = output.detach()
-        return _Carry.apply((z,), (z / denominator,), q)
+        # never negative, so the stabiliser is simply added
+        return _Carry.apply((z,), (_over(z, q.detach().add_(self.epsilon)),), _scaled, q)
 
 
 class AlphaBeta(_Signed):
@@ -321,13 +367,13 @@ class AlphaBeta(_Signed):
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         z = output.detach()
-        carriers, scales = [], []
+        carriers, shares = [], []
         for factor, positive in ((self.alpha, True), (-self.beta, False)):
-            part = self.contributions(module, x, positive)
             kept = self._bias(module, _positive_part if positive else _negative_part)
+            part = self.contributions(module, x, positive, kept)
             carriers.append(part)
-            scales.append(factor * z / stabilize(part.detach() + kept, self.epsilon))
-        return _Carry.apply((z,), tuple(scales), *carriers)
+            shares.append(factor * z / stabilize(part.detach(), self.epsilon))
+        return _Carry.apply((z,), tuple(shares), _scaled, *carriers)
 
     def _values(self) -> list[float]:
         return [self.alpha, self.beta]
@@ -460,7 +506,7 @@ class Identity(Hook):
         if not x.requires_grad:
             return None
         value = output.detach()
-        return _Carry.apply((value,), (torch.where(x.detach() == 0, 0, value / x.detach()),), x)
+        return _Carry.apply((value,), (torch.where(x.detach() == 0, 0, value / x.detach()),), _scaled, x)
 
 
 class Constant(Hook):
