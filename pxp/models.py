@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import make_layers
+from torchvision.models.vision_transformer import VisionTransformer
 
 from .data import ASSETS, verify
 
@@ -70,7 +71,27 @@ class SmallResNet(ResNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-SHIPPED: dict[str, type[nn.Module]] = {"vgg": VGG, "resnet": SmallResNet}
+class ViT(VisionTransformer):
+    """torchvision's vision transformer for 28 × 28 grey images: 16 patches of 7 × 7, six blocks of eight heads.
+
+    Only the sizes and the one input channel differ from ``vit_b_16``. Input float (N, 1, 28, 28), output logits
+    (N, ``num_classes``).
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(
+            image_size=28,
+            patch_size=7,
+            num_layers=6,
+            num_heads=8,
+            hidden_dim=64,
+            mlp_dim=128,
+            num_classes=num_classes,
+        )
+        self.conv_proj = nn.Conv2d(1, self.hidden_dim, kernel_size=self.patch_size, stride=self.patch_size)
+
+
+SHIPPED: dict[str, type[nn.Module]] = {"vgg": VGG, "resnet": SmallResNet, "vit": ViT}
 
 
 def load_model(name: str, *, weights: str | None = None, folder: str | Path | None = None) -> nn.Module:

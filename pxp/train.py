@@ -21,8 +21,8 @@ from .models import SHIPPED
 BATCH_SIZE = 128
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
-EPOCHS = {"vgg": 12, "resnet": 7}
-MAX_LR = {"vgg": 2.5e-3, "resnet": 4e-3}
+EPOCHS = {"vgg": 12, "resnet": 7, "vit": 40}
+MAX_LR = {"vgg": 2.5e-3, "resnet": 4e-3, "vit": 2e-3}
 CLEAN_EPOCHS = 2  # at the end, on the images as they are, with a learning rate that falls from CLEAN_LR to 0
 CLEAN_LR = 5e-4
 
