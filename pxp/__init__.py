@@ -4,6 +4,7 @@ The names below follow the data flow: model and reference images â†’ attribute â
 """
 
 from . import plots
+from .attention import CPLRP, AttnLRP, SoftmaxZPlus
 from .attribute import attribute, heatmap
 from .components import Components, find_components
 from .composites import LRP, depth_groups
@@ -17,9 +18,11 @@ from .rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPLRP",
     "LRP",
     "Activation",
     "AlphaBeta",
+    "AttnLRP",
     "Comparison",
     "Components",
     "Curve",
@@ -31,6 +34,7 @@ __all__ = [
     "Mask",
     "Random",
     "Scores",
+    "SoftmaxZPlus",
     "Taylor",
     "WSquare",
     "ZBox",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TypeAlias
 
@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from zennit.core import Composite
 
-from .components import Components, trace_model
+from .components import Components, Layer, trace_model
 from .composites import LRP, LayerComposite
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
 from .data import batches
 from .prune import Scores
-from .replica import CONVOLUTIONS, Trace, fold_batch_norm, replica
+from .replica import Trace, fold_batch_norm, replica
 
 Criterion: TypeAlias = LRP | Composite | Taylor | IntegratedGradients | Activation | Magnitude | Random
 EPSILON = LRP("epsilon")
@@ -37,7 +37,9 @@ def attribute(
 
     A component's relevance for one sample is summed over its own elements (space). ``scores.signed`` is the mean over
     samples of that sum; ``scores`` itself the mean of its absolute value, taken per sample (and per token where the
-    component has tokens), as in Hatefi et al. 2024.
+    component has tokens, unless the criterion says otherwise), as in Hatefi et al. 2024. A head's own elements are its
+    channels at the input of the output projection, where AttnLRP's relevance is twice that at the softmax summed over
+    keys.
 
     Parameters
     ----------
@@ -88,7 +90,11 @@ def attribute(
         twin, hooks = _prepare(model, units.trace, criterion)
         if isinstance(criterion, Magnitude):
             modules = dict(twin.named_modules())
-            norms = {name: modules[name].weight.flatten(1).norm(dim=1).double().cpu() for name in units}
+            weights = {
+                name: modules[name].head_weights() if layer.kind == "head" else modules[name].weight.flatten(1)
+                for name, layer in units.items()
+            }
+            norms = {name: weight.norm(dim=1).double().cpu() for name, weight in weights.items()}
             return Scores(units, norms, norms, criterion=repr(criterion), samples=0)
         signed = {name: torch.zeros(layer.size, dtype=torch.float64) for name, layer in units.items()}
         magnitude = {name: torch.zeros_like(total) for name, total in signed.items()}
@@ -102,6 +108,8 @@ def attribute(
                 for name, value in values.items():
                     value = value.double().cpu()  # (samples, tokens, components)
                     signed[name] += value.sum((0, 1))
+                    if getattr(criterion, "absolute", "token") == "sample":
+                        value = value.sum(1, keepdim=True)
                     magnitude[name] += value.abs().sum((0, 1))
                 samples += len(labels)
     if samples == 0:
@@ -268,7 +276,7 @@ def _component_values(
     values: dict[str, Tensor] = {}
 
     def note(name: str, output: Tensor, flow: Tensor) -> None:
-        value = _per_component(twin, name, flow, None if _carries_relevance(criterion) else output)
+        value = _per_component(units[name], flow, None if _carries_relevance(criterion) else output)
         values[name] = values[name] + value if name in values else value
 
     if isinstance(criterion, IntegratedGradients):
@@ -314,7 +322,7 @@ def _integrated(
     for (name, call), flow in flows.items():
         # backward visits the calls of a shared layer in reverse order
         change = 1.0 if criterion.influence else ends[name, call] - starts[name][-1 - call]
-        value = _per_component(twin, name, flow * change / criterion.steps)
+        value = _per_component(units[name], flow * change / criterion.steps)
         values[name] = values[name] + value if name in values else value
     return values
 
@@ -326,7 +334,7 @@ def _activations(twin: nn.Module, images: Tensor, units: Components) -> dict[str
     def note(name: str, output: Tensor) -> None:
         follower = units[name].activation
         output = output if follower is None else modules[follower].forward(output)
-        value = _per_component(twin, name, output)
+        value = _per_component(units[name], output.abs() if units[name].kind == "head" else output)
         elements = output.numel() / (value.shape[0] * value.shape[2])
         values[name] = values.get(name, 0) + value / elements
 
@@ -335,11 +343,12 @@ def _activations(twin: nn.Module, images: Tensor, units: Components) -> dict[str
     return values
 
 
-def _per_component(twin: nn.Module, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Sum (N, C, *space) over space, or view (N, *tokens, C), as (N, tokens, C); a filter has one token."""
-    if not isinstance(twin.get_submodule(name), CONVOLUTIONS):
+def _per_component(layer: Layer, elements: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Sum (N, C, *space) over space, a head over its channels, or view (N, *tokens, C): (N, tokens, components)."""
+    if layer.kind != "filter":
         elements = elements if factor is None else elements * factor
-        return elements.reshape(len(elements), -1, elements.shape[-1])
+        elements = elements.reshape(len(elements), -1, elements.shape[-1])
+        return elements.unflatten(-1, (layer.size, -1)).sum(-1) if layer.kind == "head" else elements
     if factor is None:
         return elements.flatten(2).sum(2).unsqueeze(1)
     # a product of matrices, so that the product of the elements is never stored
@@ -390,7 +399,7 @@ def _probe(
     waiting: dict[int, list[Tensor]] = {}
 
     def hook(name: str, read: bool):
-        shield = name not in structure.activations  # an activation module's output is a new tensor
+        shield = name in structure.overwritten
 
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not read:
@@ -413,10 +422,11 @@ def _probe(
         if value is not None:
             value.append(output.detach())
 
+    layers: Mapping[str, Layer] = units or {}
+    sites = {name: (structure.site(name), False) for name in structure.order if name not in layers}
+    sites |= {name: (layer.site, True) for name, layer in layers.items()}
     handles = [
-        modules[site].register_forward_hook(hook(name, units is not None and name in units))
-        for name in structure.order
-        for site in structure.site(name)
+        modules[site].register_forward_hook(hook(name, read)) for name, (where, read) in sites.items() for site in where
     ]
     handles += [modules[activation].register_forward_hook(rectify) for activation in set(rectified.values())]
     try:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .attention import SUPPORTED, Attention, is_head_layer, unsupported_attention
 from .replica import CONVOLUTIONS, Trace, replica, trace
 
 KINDS = {
     "filter": "output channel of a convolution",
     "neuron": "hidden unit: output of a linear layer that feeds an activation",
+    "mlp_output": "output of the linear layer behind hidden units: what an MLP block adds to the residual stream",
+    "head": "attention head",
 }
 
 
@@ -23,27 +26,38 @@ class Layer:
     Attributes
     ----------
     name : str
-        The layer's name in ``model.named_modules()``.
+        The layer's name in ``model.named_modules()``; of heads, the attention module.
     size : int
-        Number of components: output channels or output features.
+        Number of components: output channels, output features or heads.
     site : tuple of str
-        Modules whose output carries the components (the BatchNorm behind a convolution, else the layer itself).
+        Modules whose output carries the components: the BatchNorm behind a convolution, else the layer itself. Of
+        heads, what the replica of an attention gives to its output projection.
     activation : str or None
         Activation module that directly takes the site's output.
+    kind : str
+    parameters : int
+        Weights and biases that go with one component: those that compute it, and of neurons and heads also those that
+        read it.
+    flops : int
+        Floating-point operations for one image that go with one component, counted likewise (a multiply-add is two).
     """
 
     name: str
     size: int
     site: tuple[str, ...]
     activation: str | None = None
+    kind: str = "filter"
+    parameters: int = 0
+    flops: int = 0
 
 
 class Components(Mapping[str, Layer]):
-    """All components of one kind, by layer, in the order in which the layers run.
+    """All components of one kind or several, by layer, in the order in which the layers run.
 
     Attributes
     ----------
     kind : str
+        Several are joined with "+": ``"head+neuron"``.
     trace : Trace
         What was seen of the model's structure when the components were searched.
     """
@@ -81,7 +95,7 @@ class Components(Mapping[str, Layer]):
             If a layer is not among these.
         """
         wanted = {self[name].name for name in names}
-        return Components(self.kind, [layer for layer in self.values() if layer.name in wanted], self.trace)
+        return self._of([layer for layer in self.values() if layer.name in wanted])
 
     def without(self, *names: str) -> Components:
         """The components of all layers but some.
@@ -92,39 +106,67 @@ class Components(Mapping[str, Layer]):
             If a layer is not among these.
         """
         unwanted = {self[name].name for name in names}
-        return Components(self.kind, [layer for layer in self.values() if layer.name not in unwanted], self.trace)
+        return self._of([layer for layer in self.values() if layer.name not in unwanted])
+
+    def of_kind(self, kind: str) -> Components:
+        """The components of one kind.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        layers = [layer for layer in self.values() if layer.kind == kind]
+        if not layers:
+            raise ValueError(f"there are no components of kind {kind!r}; there are {self.kind}")
+        return self._of(layers)
+
+    def _of(self, layers: list[Layer]) -> Components:
+        kinds = {layer.kind for layer in layers}
+        return Components("+".join(kind for kind in self.kind.split("+") if kind in kinds), layers, self.trace)
+
+    def describe(self, number: int | None = None) -> str:
+        """How many of what: ``"416 filters"``; several kinds together are components."""
+        number = self.total if number is None else number
+        return f"{number:,} {'components' if '+' in self.kind else self.kind.replace('_', ' ') + 's'}"
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every one of these layers with its size."""
         modules = dict(model.named_modules())
         for layer in self.values():
-            missing = [name for name in (layer.name, *layer.site) if name not in modules]
+            missing = [n for n in (layer.name, *([] if layer.kind == "head" else layer.site)) if n not in modules]
             if missing:
                 raise ValueError(f"these components are of another model: this one has no module {missing[0]!r}")
-            found = _size(modules[layer.name])
+            found = _size(modules[layer.name], layer.kind)
             if found != layer.size:
                 raise ValueError(
-                    f"these components are of another model: layer {layer.name!r} has {found} outputs here, "
-                    f"not {layer.size}"
+                    f"these components are of another model: layer {layer.name!r} has {found} "
+                    f"{'heads' if layer.kind == 'head' else 'outputs'} here, not {layer.size}"
                 )
 
     def __repr__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self))
-        rows = [f"{self.total:,} {self.kind}s in {len(self)} layers", f"  {'layer':<{width}}  size  output taken at"]
+        rows = [f"{self.describe()} in {len(self)} layers", f"  {'layer':<{width}}  size  output taken at"]
         rows += [f"  {layer.name:<{width}}  {layer.size:4}  {', '.join(layer.site)}" for layer in self.values()]
         return "\n".join(rows)
 
 
-def find_components(model: nn.Module, kind: str = "filter", *, example: Tensor | None = None) -> Components:
+def find_components(
+    model: nn.Module, kind: str | Sequence[str] = "filter", *, example: Tensor | None = None
+) -> Components:
     """Find the components of a model by running it once on a replica; no name is hard-coded.
 
     Parameters
     ----------
     model : nn.Module
         Left as it is.
-    kind : {"filter", "neuron"}
+    kind : {"filter", "neuron", "head", "mlp_output"} or a sequence of them
         ``"filter"``: output channels of all convolutions (grouped and depthwise ones too). ``"neuron"``: outputs of the
-        linear layers that feed an activation module.
+        linear layers that feed an activation module. ``"head"``: attention heads of torch's MultiheadAttention and of
+        timm's. ``"mlp_output"``: outputs of the linear layer behind a layer of neurons; Hatefi et al. 2024 prune them
+        together with the neurons. Such an output is what the block adds to one coordinate of the residual stream:
+        pruning it saves a row of weights, but the coordinate itself stays, since other blocks write to it too.
+        Several kinds are scored in one pass and ranked together.
     example : Tensor, optional
         One batch of inputs. Default: zeros of a shape that the model accepts, found by trying the usual image sizes
         (or the first linear layer's features).
@@ -137,8 +179,8 @@ def find_components(model: nn.Module, kind: str = "filter", *, example: Tensor |
     Raises
     ------
     ValueError
-        Unknown kind; a model without components of this kind (the message names the kinds that it has); no input could
-        be guessed and no ``example`` was given.
+        Unknown kind; a model without components of this kind (the message names the kinds that it has), or with an
+        attention of an unsupported class; no input could be guessed and no ``example`` was given.
 
     Examples
     --------
@@ -147,18 +189,30 @@ def find_components(model: nn.Module, kind: str = "filter", *, example: Tensor |
     >>> units.total
     416
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
+    kinds = [kind] if isinstance(kind, str) else list(kind)
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise ValueError(f"kind must be one or several different kinds, got {kind!r}")
+    for one in kinds:
+        if one not in KINDS:
+            raise ValueError(f"unknown kind {one!r}; allowed: {', '.join(map(repr, KINDS))}")
     structure = trace_model(model, example)
-    modules = dict(model.named_modules())
-    found = {known: _layers(known, structure, modules) for known in KINDS}
-    if not found[kind]:
-        others = [f"{len(layers)} {known} layers" for known, layers in found.items() if layers]
-        raise ValueError(
-            f"{type(model).__name__} has no components of kind {kind!r} ({KINDS[kind]}); it has "
-            f"{' and '.join(others) or 'none of any kind'}"
-        )
-    return Components(kind, found[kind], structure)
+    twin = replica(model)
+    if "head" in kinds:
+        unsupported = unsupported_attention(twin)
+        if unsupported:
+            name, its_class = next(iter(unsupported.items()))
+            raise ValueError(f"the heads of {name!r} ({its_class}) cannot be told apart; supported are {SUPPORTED}")
+    found = {known: _layers(known, structure, twin) for known in KINDS}
+    for one in kinds:
+        if not found[one]:
+            others = [f"{len(layers)} {known} layers" for known, layers in found.items() if layers]
+            raise ValueError(
+                f"{type(model).__name__} has no components of kind {one!r} ({KINDS[one]}); it has "
+                f"{' and '.join(others) or 'none of any kind'}"
+            )
+    order = {name: position for position, name in enumerate(_run_order(structure))}
+    layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
+    return Components("+".join(kinds), layers, structure)
 
 
 def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
@@ -189,6 +243,9 @@ def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
 def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     config = getattr(model, "default_cfg", None) or {}  # timm
     shapes: list[tuple[int, ...]] = []
+    side = getattr(model, "image_size", None)  # torchvision's vision transformers take no other
+    if isinstance(side, int):
+        shapes += [(channels, side, side) for channels in (3, 1)]
     if isinstance(config.get("input_size"), tuple | list):
         shapes.append(tuple(config["input_size"]))
     first = next((m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))), None)
@@ -205,14 +262,86 @@ def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _layers(kind: str, structure: Trace, modules: dict[str, nn.Module]) -> list[Layer]:
-    wanted = CONVOLUTIONS if kind == "filter" else (nn.Linear,)
-    return [
-        Layer(name, _size(modules[name]), structure.site(name), structure.activations.get(name))
-        for name in structure.order
-        if isinstance(modules[name], wanted) and (kind == "filter" or name in structure.activations)
-    ]
+def _run_order(structure: Trace) -> list[str]:
+    """All layers, an attention just before its own first layer."""
+    names: list[str] = []
+    waiting = list(structure.heads)
+    for name in structure.order:
+        names += [attention for attention in waiting if name.startswith(f"{attention}.") or attention == ""]
+        waiting = [attention for attention in waiting if attention not in names]
+        names.append(name)
+    return names + waiting
 
 
-def _size(module: nn.Module) -> int:
+def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
+    modules = dict(twin.named_modules())
+    if kind == "head":
+        return [_head_layer(name, twin.get_submodule(name), structure) for name in structure.heads]  # type: ignore[arg-type]
+    readers = {name: _reader(name, structure, modules) for name in structure.activations}
+    if kind == "filter":
+        names = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)]
+    else:
+        names = [n for n in structure.order if isinstance(modules[n], nn.Linear) and n in structure.activations]
+        if kind == "mlp_output":
+            names = [reader for name in names if (reader := readers[name]) is not None]
+            names = [name for name in names if name not in structure.activations]
+    layers = []
+    for name in names:
+        module, places = modules[name], structure.positions[name]
+        incoming = module.weight[0].numel()
+        reader = readers.get(name) if kind == "neuron" else None
+        outgoing = 0 if reader is None else _size(modules[reader], "neuron")
+        layers.append(
+            Layer(
+                name,
+                _size(module, kind),
+                structure.site(name),
+                structure.activations.get(name),
+                kind,
+                incoming + (module.bias is not None) + outgoing,
+                2 * places * (incoming + outgoing),
+            )
+        )
+    return layers
+
+
+def _reader(name: str, structure: Trace, modules: dict[str, nn.Module]) -> str | None:
+    """The linear layer of the same parent that runs next and takes as many inputs as ``name`` has outputs."""
+    after = structure.order[structure.order.index(name) + 1 :]
+    parent = name.rpartition(".")[0]
+    return next(
+        (
+            other
+            for other in after
+            if other.rpartition(".")[0] == parent
+            and isinstance(layer := modules[other], nn.Linear)
+            and layer.in_features == _size(modules[name], "neuron")
+        ),
+        None,
+    )
+
+
+def _head_layer(name: str, attention: Attention, structure: Trace) -> Layer:
+    inner = [n for n in structure.order if n.startswith(f"{name}." if name else "")]
+    places = structure.positions[inner[-1]]
+    projections = attention.head_weights().shape[1]
+    biases = sum(
+        (b := getattr(attention.get_submodule(n[len(name) + 1 if name else 0 :]), "bias", None)) is not None
+        and b.numel() // attention.num_heads
+        for n in inner[:-1]
+    )
+    return Layer(
+        name,
+        attention.num_heads,
+        (f"{name}.heads" if name else "heads",),
+        None,
+        "head",
+        projections + biases,
+        2 * places * projections + 4 * places**2 * attention.head_dim,
+    )
+
+
+def _size(module: nn.Module, kind: str) -> int:
+    if kind == "head":
+        return module.num_heads if is_head_layer(module) else 0  # type: ignore[return-value]
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))

@@ -9,8 +9,9 @@ from torch import nn
 from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
-from .replica import CONVOLUTIONS, Trace, is_activation
-from .rules import Constant, Identity, Rule, make_rule
+from .attention import SUPPORTED, AttentionRule, make_softmax_rule, unsupported_attention
+from .replica import CONVOLUTIONS, Trace, is_activation, replica
+from .rules import Constant, Half, Identity, Normalisation, Rule, is_normalisation, make_rule
 
 GROUPS = ("low", "middle", "high", "fc")
 STARTS = ("logit", "one", "margin", "loss")
@@ -22,13 +23,16 @@ def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
     The first 25 % of the hidden layers (rounded up) are low, the last 25 % (rounded up) high, the rest middle; hidden
     layers are the convolutions (in a network without any: all linear layers but the last), the others are fc. For
     VGG-16 this gives the paper's convolutions 1–4, 5–9, 10–13. torchvision's ResNets are grouped by stage, as in the
-    paper: conv1 and layer1, layer2 and layer3, layer4 (Hatefi et al. 2024, as the method is reported).
+    paper: conv1 and layer1, layer2 and layer3, layer4. A transformer is grouped by blocks, for ViT-B/16 0–2, 3–8 and
+    9–11; what runs before them is low, what runs after them fc (Hatefi et al. 2024, as the method is reported).
 
     Returns
     -------
     dict
         Layer name → group, in the order in which the layers run.
     """
+    if structure.heads:
+        return _by_block(structure)
     modules = dict(model.named_modules())
     hidden = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)] or list(structure.order[:-1])
     edge = math.ceil(len(hidden) / 4)
@@ -44,6 +48,21 @@ def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
         stage = next((group for start, group in stages.items() if name.startswith(start)), None)
         by_depth = "low" if name in low else "high" if name in high else "middle"
         groups[name] = "fc" if name not in hidden else stage or by_depth
+    return groups
+
+
+def _by_block(structure: Trace) -> dict[str, str]:
+    blocks = list(dict.fromkeys(attention.rpartition(".")[0] for attention in structure.heads))
+    edge = math.ceil(len(blocks) / 4)
+    groups: dict[str, str] = {}
+    outside = "low"
+    for name in structure.order:
+        inside = [i for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
+        if inside:
+            outside = "fc"
+            groups[name] = "low" if inside[0] < edge else "high" if inside[0] >= len(blocks) - edge else "middle"
+        else:
+            groups[name] = outside
     return groups
 
 
@@ -85,6 +104,9 @@ class LRP:
     input : str or Rule, optional
         Rule of the very first layer, for heatmaps: ``pxp.ZBox(0, 1)``, ``"flat"``, ``"wsquare"``. It changes no
         component's score.
+    softmax : {"attnlrp", "cp", "zplus"} or AttentionRule, default "attnlrp"
+        How relevance passes the attention's softmax: :class:`pxp.AttnLRP`, :class:`pxp.CPLRP`,
+        :class:`pxp.SoftmaxZPlus`.
     start : {"logit", "one", "margin", "loss"}, default "logit"
         What the relevance of a sample starts with: the target's logit; 1, as in the paper's public code (the logit's
         relevance divided by the logit, unstable near 0); the logit minus the largest other one; the cross-entropy loss.
@@ -92,11 +114,19 @@ class LRP:
         Average the relevance over this many images on the straight way from black to the image; costs as many passes.
     zero_params : "bias", optional
         For the rules given by name: leave biases out of the denominators.
+    absolute : {"token", "sample"}, default "token"
+        ``scores`` are means of absolute values: taken per token, as in the paper, or per sample, after summing over
+        its tokens. Filters have one token, so there is no difference.
+
+    Notes
+    -----
+    In transformers, GELU and SiLU pass relevance on unchanged, LayerNorm divides by a constant, and residual sums share
+    it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there.
 
     Raises
     ------
     ValueError
-        Unknown rule, start or zero_params; ``path_steps`` below 1.
+        Unknown rule, start, zero_params or absolute; ``path_steps`` below 1.
 
     Examples
     --------
@@ -113,6 +143,8 @@ class LRP:
     start: str
     path_steps: int
     zero_params: str | None
+    softmax: str | AttentionRule
+    absolute: str
 
     def __init__(
         self,
@@ -126,6 +158,8 @@ class LRP:
         start: str = "logit",
         path_steps: int = 1,
         zero_params: str | None = None,
+        softmax: str | AttentionRule = "attnlrp",
+        absolute: str = "token",
     ) -> None:
         given = dict(zip(GROUPS, (low, middle, high, fc), strict=True))
         for group, chosen in given.items():
@@ -135,9 +169,13 @@ class LRP:
             ("start", start),
             ("path_steps", path_steps),
             ("zero_params", zero_params),
+            ("softmax", softmax),
+            ("absolute", absolute),
         ):
             object.__setattr__(self, name, value)
         check_start(start)
+        check_absolute(absolute)
+        make_softmax_rule(softmax, zero_params)
         if path_steps < 1:
             raise ValueError(f"path_steps must be at least 1, got {path_steps}")
         self._rules()  # a wrong name is an error here, not at the first use
@@ -163,13 +201,24 @@ class LRP:
         -------
         LayerComposite
             Its rules work in the form x ⊙ g and must not be mixed with zennit's own, which pass relevance itself on.
+            Of a transformer it names the layers of the replica, in which attentions show their parts.
+
+        Raises
+        ------
+        ValueError
+            An attention of a class that there is no rule for.
         """
         if structure is None:
             from .components import trace_model
 
             structure = trace_model(model)
-        modules = dict(model.named_modules())
-        groups = depth_groups(model, structure)
+        twin = replica(model)
+        unsupported = unsupported_attention(twin)
+        if unsupported:
+            name, its_class = next(iter(unsupported.items()))
+            raise ValueError(f"there is no LRP rule for {name!r} ({its_class}); supported are {SUPPORTED}")
+        modules = dict(twin.named_modules())
+        groups = depth_groups(twin, structure)
         by_group = self._rules()
         hooks: dict[str, Hook] = {}
         for position, (name, group) in enumerate(groups.items()):
@@ -180,6 +229,15 @@ class LRP:
         for name, module in modules.items():
             if is_activation(module) and not isinstance(module, nn.ReLU | nn.LeakyReLU):
                 hooks[name] = Identity()
+        for name in structure.heads:
+            hooks[name] = make_softmax_rule(self.softmax, self.zero_params)
+        for name, module in modules.items():
+            if is_normalisation(module):
+                hooks[name] = Normalisation()
+            elif type(module).__name__ in ("SwiGLU", "GluMlp") and isinstance(
+                getattr(module, "drop1", None), nn.Module
+            ):
+                hooks[f"{name}.drop1"] = Half()  # timm's gated MLPs: the module right behind the product
         for name, module in modules.items():
             # the gates of squeeze-and-excitation blocks of torchvision and of timm
             for gate in ("scale_activation", "gate"):
@@ -198,6 +256,8 @@ class LRP:
         parts += [f"start={self.start!r}"] if self.start != "logit" else []
         parts += [f"path_steps={self.path_steps}"] if self.path_steps != 1 else []
         parts += [f"zero_params={self.zero_params!r}"] if self.zero_params else []
+        parts += [f"softmax={self.softmax!r}"] if self.softmax != "attnlrp" else []
+        parts += [f"absolute={self.absolute!r}"] if self.absolute != "token" else []
         return f"LRP({', '.join(parts)})"
 
 
@@ -205,3 +265,9 @@ def check_start(start: str) -> None:
     """Raise ValueError unless ``start`` is one of the known ones."""
     if start not in STARTS:
         raise ValueError(f"unknown start {start!r}; allowed: {', '.join(map(repr, STARTS))}")
+
+
+def check_absolute(absolute: str) -> None:
+    """Raise ValueError unless ``absolute`` is ``"token"`` or ``"sample"``."""
+    if absolute not in ("token", "sample"):
+        raise ValueError(f"absolute must be 'token' or 'sample', got {absolute!r}")

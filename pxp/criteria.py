@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .composites import check_start
+from .composites import check_absolute, check_start
 
 
 @dataclass(frozen=True)
 class Taylor:
-    """First-order Taylor expansion: activation × gradient (Molchanov et al. 2017).
+    r"""First-order Taylor expansion: activation × gradient (Molchanov et al. 2017).
 
     On a ReLU network this is LRP-0 with another start.
 
@@ -17,12 +17,17 @@ class Taylor:
     ----------
     start : {"loss", "logit", "one", "margin"}, default "loss"
         What is differentiated: the cross-entropy loss as in the source, or as for :class:`pxp.LRP`.
+    absolute : {"token", "sample"}, default "token"
+        As for :class:`pxp.LRP`. With ``"sample"`` the score of a head is Michel et al.'s (2019) importance: the mean of
+        \|∂loss/∂m\|, where m = 1 multiplies the head's output.
     """
 
     start: str = "loss"
+    absolute: str = "token"
 
     def __post_init__(self) -> None:
         check_start(self.start)
+        check_absolute(self.absolute)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,16 @@ class IntegratedGradients:
 class Activation:
     """Mean activation over space and samples, after the non-linearity that follows (Molchanov et al. 2017).
 
-    Where no activation module directly takes the output (before a residual sum), the output itself.
+    Where no activation module directly takes the output (before a residual sum), the output itself. Of an attention
+    head, whose channels have no preferred sign, the mean absolute output.
     """
 
 
 @dataclass(frozen=True)
 class Magnitude:
     """L2 norm of a component's incoming weights; looks at no image (Li et al. 2017, with L1).
+
+    Of an attention head: of its query, key, value and output weights together.
 
     Parameters
     ----------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .attention import Attention, without_heads
 from .data import batches
 from .prune import Mask, Scores, masked
 from .replica import evaluating, fold_batch_norm, replica
@@ -261,7 +262,10 @@ def _silenced_replica(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     rest = {name: torch.ones_like(kept) for name, kept in mask.items()}
     for name, kept in mask.items():
         layer, sites = modules[name], mask.units[name].site
-        if sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
+        if isinstance(layer, Attention):
+            weight = without_heads(layer.output.weight, kept)
+            layer.output.weight = nn.Parameter(weight, requires_grad=False)
+        elif sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
             for part, tensor in layer.named_parameters(recurse=False):
                 keep = kept.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
                 setattr(layer, part, nn.Parameter(tensor * keep, requires_grad=False))

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .attention import silence_heads
 from .components import Components, Layer
-from .replica import CONVOLUTIONS, Trace
+from .replica import Trace
 
 
 class _ByLayer(Mapping[str, Tensor]):
@@ -98,7 +99,7 @@ class Mask(_ByLayer):
     def __repr__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self))
         rows = [
-            f"{self.kept:,} of {self.units.total:,} {self.units.kind}s kept ({self.rate:.1%} pruned)",
+            f"{self.kept:,} of {self.units.describe()} kept ({self.rate:.1%} pruned)",
             f"  {'layer':<{width}}  kept  of",
         ]
         rows += [f"  {name:<{width}}  {int(kept.sum()):4}  {len(kept)}" for name, kept in self.items()]
@@ -236,7 +237,7 @@ class Scores(_ByLayer):
         width = max(len("layer"), *(len(name) for name in self))
         source = f"{self.samples} reference samples" if self.samples else "no reference samples"
         rows = [
-            f"{self.units.total:,} {self.units.kind}s scored by {self.criterion}, {source}",
+            f"{self.units.describe()} scored by {self.criterion}, {source}",
             f"  {'layer':<{width}}  size  {'median':>9}  {'largest':>9}  negative",
         ]
         for name, values in self.items():
@@ -257,7 +258,8 @@ def _last(key: Tensor, number: int) -> Tensor:
 def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     """Silence the pruned components while the context lasts; weights are never touched.
 
-    A pruned filter emits exactly zero after its BatchNorm. On exit, also by an exception, the model is what it was.
+    A pruned filter emits exactly zero after its BatchNorm, a pruned head gives exactly zero to the output projection
+    (torch's fast path included). On exit, also by an exception, the model is what it was.
     Contexts nest: a component is silent if any of the masks prunes it.
 
     Parameters
@@ -288,18 +290,21 @@ def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     handles = []
     try:
         for name, kept in mask.items():
-            if not bool(kept.all()):
-                for site in mask.units[name].site:
-                    handles.append(modules[site].register_forward_hook(_silence(~kept, modules[name])))
+            layer = mask.units[name]
+            if bool(kept.all()):
+                continue
+            if layer.kind == "head":
+                handles += silence_heads(modules[name], kept)
+                continue
+            for site in layer.site:
+                handles.append(modules[site].register_forward_hook(_silence(~kept, layer.kind == "filter")))
         yield model
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _silence(pruned: Tensor, layer: nn.Module):
-    filters = isinstance(layer, CONVOLUTIONS)
-
+def _silence(pruned: Tensor, filters: bool):
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         off = pruned.to(output.device)
         return output.masked_fill(off.reshape(-1, *[1] * (output.ndim - 2)) if filters else off, 0)
@@ -342,11 +347,14 @@ def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, 
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
         found = header["trace"]
         structure = Trace(
-            tuple(found["order"]), {name: tuple(norms) for name, norms in found["norms"].items()}, found["activations"]
+            tuple(found["order"]),
+            {name: tuple(norms) for name, norms in found["norms"].items()},
+            found["activations"],
+            found["heads"],
+            found["positions"],
+            tuple(found["overwritten"]),
         )
-        layers = [
-            Layer(entry["name"], entry["size"], tuple(entry["site"]), entry["activation"]) for entry in header["layers"]
-        ]
+        layers = [Layer(**{**entry, "site": tuple(entry["site"])}) for entry in header["layers"]]
         kind, extra = header["kind"], header["extra"]
         if set(tensors) != _GROUPS[what] or set(extra) != _EXTRA[what]:
             raise KeyError(f"it holds {', '.join([*tensors, *extra])}")

@@ -19,6 +19,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
+from .attention import Attention, copy_hooks, make_explicit
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
 
@@ -43,11 +45,20 @@ class Trace:
         Layer → BatchNorms that directly take its output (one for every time the layer runs, "" where none does).
     activations : dict
         Layer → activation module that directly takes its output (after BatchNorm), where there is one.
+    heads : dict
+        Attention module → its number of heads, in order of execution.
+    positions : dict
+        Layer → number of places (pixels, tokens) at which it computes each of its outputs for one image.
+    overwritten : tuple of str
+        Layers whose output is then changed in place (by a residual sum).
     """
 
     order: tuple[str, ...]
     norms: dict[str, tuple[str, ...]] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    overwritten: tuple[str, ...] = ()
 
     def site(self, layer: str) -> tuple[str, ...]:
         """Modules whose output is the layer's output: its BatchNorm where it has one, else the layer itself.
@@ -60,7 +71,8 @@ class Trace:
 def replica(model: nn.Module) -> nn.Module:
     """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
 
-    The copy's parameters need no gradient, its activations are not in-place, and the user's hooks come along.
+    The copy's parameters need no gradient, its activations are not in-place, its attentions show their parts (see
+    :class:`pxp.attention.Attention`), and the user's hooks come along.
 
     Raises
     ------
@@ -84,7 +96,7 @@ def replica(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
-    return twin
+    return make_explicit(twin)
 
 
 # A tensor as it is now; changed in place (by a residual sum) it is another one, though its id stays.
@@ -101,6 +113,7 @@ class _Call:
 
     layer: str
     output: _Key
+    tensor: Tensor
     norm: str = ""
     norm_output: _Key | None = None
     activation: str | None = None
@@ -130,8 +143,10 @@ class _Uses(TorchFunctionMode):
 def trace(model: nn.Module, images: Tensor) -> Trace:
     """Run one batch through a replica of ``model`` and note what runs in which order and what feeds what."""
     twin = replica(model)
+    modules = dict(twin.named_modules())
     producer: dict[_Key, _Call] = {}
     calls: list[_Call] = []
+    heads: dict[str, int] = {}
 
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -141,26 +156,32 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             if isinstance(module, BATCH_NORMS):
                 if source is None or source.norm:
                     return
-                source.norm, source.norm_output = name, _key(output)
+                source.norm, source.norm_output, source.tensor = name, _key(output), output
                 producer[_key(output)] = source
             elif is_activation(module):
                 if source is not None and source.activation is None:
                     source.activation = name
             else:
-                calls.append(_Call(name, _key(output)))
+                calls.append(_Call(name, _key(output), output))
                 producer[_key(output)] = calls[-1]
 
         return hook
 
-    for name, module in twin.named_modules():
+    for name, module in modules.items():
         if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)) or is_activation(module):
             module.register_forward_hook(note(name, module))
+        elif isinstance(module, Attention):
+            module.heads.register_forward_hook(
+                lambda *_, name=name, number=module.num_heads: heads.update({name: number})
+            )
     with torch.inference_mode(False), torch.no_grad():
         images = images.clone() if images.is_inference() else images
         with _Uses() as uses:
             twin(images)
 
     norms: dict[str, list[str]] = {}
+    positions: dict[str, int] = {}
+    overwritten: dict[str, None] = {}
     followers: dict[str, set[str | None]] = {}
     for call in calls:
         # what is used elsewhere too is neither the BatchNorm's alone nor the activation's alone
@@ -169,12 +190,19 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         if uses.counts[call.norm_output or call.output] != 1:
             call.activation = None
         norms.setdefault(call.layer, []).append(call.norm)
+        components = call.tensor.shape[-1 if isinstance(modules[call.layer], nn.Linear) else 1]
+        positions[call.layer] = positions.get(call.layer, 0) + call.tensor[0].numel() // components
+        if _key(call.tensor) != (call.norm_output or call.output):
+            overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
         tuple(norms),
         {layer: tuple(found) for layer, found in norms.items()},
         {layer: found for layer, found in activations.items() if found is not None},
+        heads,
+        positions,
+        tuple(overwritten),
     )
 
 
@@ -215,8 +243,7 @@ def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
         rest = OrderedDict((part, found) for part, found in parts.items() if isinstance(found, nn.Module))
         parent, _, child = name.rpartition(".")
         stand_in = nn.Sequential(rest) if rest else nn.Identity()
-        for hooks in (name for name in vars(norm) if name.startswith("_forward")):
-            getattr(stand_in, hooks).update(getattr(norm, hooks))  # e.g. a mask that the user has put on the model
+        copy_hooks(norm, stand_in)  # e.g. a mask that the user has put on the model
         setattr(modules[parent], child, stand_in)
 
 

@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional as F
 from zennit.core import Hook
 
 _BLOCK = 2**20  # weights
@@ -231,19 +230,9 @@ class _Signed(Rule):
     """
 
     @staticmethod
-    def contributions(
-        module: nn.Module, x: Tensor, positive: bool, bias: Tensor | None = None, factor: float = 1.0
-    ) -> Tensor:
-        """``factor`` times the sum of positive (or negative) contributions, plus ``bias``, with a graph to ``x``."""
-
-        def same(weight: Tensor) -> Tensor:
-            part = _positive_part(weight) if positive else _negative_part(weight)
-            return part if factor == 1 else part.mul_(factor)
-
-        def other(weight: Tensor) -> Tensor:
-            part = _negative_part(weight) if positive else _positive_part(weight)
-            return part if factor == 1 else part.mul_(factor)
-
+    def contributions(module: nn.Module, x: Tensor, positive: bool, bias: Tensor | None = None) -> Tensor:
+        """Sum of the positive (or negative) contributions to each output, plus ``bias``, with a graph to ``x``."""
+        same, other = (_positive_part, _negative_part) if positive else (_negative_part, _positive_part)
         if _not_negative(x):
             return _lean(module, same, x, bias)
         return _lean(module, same, x.clamp(min=0), bias) + _lean(module, other, x.clamp(max=0))
@@ -294,15 +283,21 @@ class Gamma(_Signed):
             return _Carry.apply((z,), (share,), _scaled, upper)
         if self.zero_params and module.bias is not None:
             return self._apply_without_bias(module, x, output)
-        # With q the positive contributions and b⁺, the numerators of z > 0 are those of z + γq, those of z < 0 of
-        # z + γ(z − q). So the denominator has the sign of z, and its size is z + γq or −(1 + γ)z + γq.
-        q = self.contributions(module, x, True, self._bias(module, lambda b: gamma * b.clamp(min=0)), gamma)
-        share = _over(z, q.detach().add_(F.leaky_relu(z, -(1 + gamma))).add_(self.epsilon))
+        # (aw)⁺ = (aw + |aw|)/2 and (aw)⁻ = (aw − |aw|)/2, so with m = Σ|aw| + |b| the numerators are those of
+        # (1 + γ/2)z ± (γ/2)m, + where z > 0. The denominator's size is then (1 + γ/2)|z| + (γ/2)m.
+        half = gamma / 2
+        m = _lean(
+            module,
+            lambda weight: weight.abs().mul_(half),
+            x if _not_negative(x) else x.abs(),
+            self._bias(module, lambda b: half * b.abs()),
+        )
+        share = _over(z, m.detach().add_(z.abs(), alpha=1 + half).add_(self.epsilon))
 
         def weigh(grad: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-            return F.leaky_relu(share, -(1 + gamma)).mul_(grad), share.mul_(grad)
+            return share.abs().mul_(1 + half).mul_(grad), share.mul_(grad)
 
-        return _Carry.apply((z,), (share,), weigh, output, q)
+        return _Carry.apply((z,), (share,), weigh, output, m)
 
     def _apply_without_bias(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         # the denominator may then have another sign than z
@@ -507,6 +502,60 @@ class Identity(Hook):
             return None
         value = output.detach()
         return _Carry.apply((value,), (torch.where(x.detach() == 0, 0, value / x.detach()),), _scaled, x)
+
+
+class Normalisation(Hook):
+    """LayerNorm and RMSNorm: the division by the standard deviation is by a constant (Ali et al. 2022).
+
+    What remains is linear: y = (x − mean) · w/std + b, and without the mean in RMSNorm.
+    """
+
+    def register(self, module: nn.Module):
+        return module.register_forward_hook(self._hook)
+
+    @staticmethod
+    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x = inputs[0]
+        if not x.requires_grad:
+            return None
+        weight: Tensor | None = getattr(module, "weight", None)
+        channels_first = "2d" in type(module).__name__
+        dims = (1,) if channels_first else tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
+        if weight is not None and channels_first:
+            weight = weight.reshape(-1, 1, 1)
+        centred = isinstance(module, nn.LayerNorm)
+        value = x.detach()
+        square = value.var(dims, correction=0, keepdim=True) if centred else value.square().mean(dims, keepdim=True)
+        stabiliser = getattr(module, "eps", None)
+        scale = (square + (torch.finfo(x.dtype).eps if stabiliser is None else stabiliser)).rsqrt()
+
+        def weigh(grad: Tensor, scale: Tensor) -> tuple[Tensor]:
+            flow = grad * scale if weight is None else (grad * weight).mul_(scale)
+            return (flow.sub_(flow.mean(dims, keepdim=True)) if centred else flow,)
+
+        return _Carry.apply((output.detach(),), (scale,), weigh, x)
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether :class:`Normalisation` is the rule for ``module``: torch's and timm's LayerNorm and RMSNorm."""
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.LayerNorm) or (name.startswith("rmsnorm") and hasattr(module, "normalized_shape"))
+
+
+class Half(Hook):
+    """A product of two signals gives half of its relevance to each (Achtibat et al. 2024, eq. 11).
+
+    Placed behind the product: halving what flows back there halves it on both ways.
+    """
+
+    def register(self, module: nn.Module):
+        return module.register_forward_hook(self._hook)
+
+    @staticmethod
+    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not output.requires_grad:
+            return None
+        return _Carry.apply((output.detach(),), (), lambda grad: (grad / 2,), output)
 
 
 class Constant(Hook):

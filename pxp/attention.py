@@ -1,0 +1,462 @@
+"""Attention with visible heads, and the LRP rules of the softmax.
+
+``nn.MultiheadAttention`` and timm's attentions hide what pruning by explaining needs: the heads' outputs are no
+module's output, and torch's fast path calls no projection. In a replica each of them is replaced by an
+:class:`Attention` that shares its weights, computes the same values, and shows its parts. The user's model is never
+modified.
+
+In the form R = x ⊙ g the rules only rescale gradients (Achtibat et al. 2024, section 3.3). With A = softmax(QKᵀ/√d),
+O = AV: a product of two factors gives half of its relevance to each, so g is halved for V and halved twice for Q and K.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+from zennit.core import Hook
+
+
+class Attention(nn.Module):
+    """Self-attention with explicit projections; base of the replacements.
+
+    Attributes
+    ----------
+    num_heads, head_dim : int
+    heads : nn.Identity
+        Its output (N, tokens, heads · channels) is what the heads give to the output projection.
+    rule : AttentionRule or None
+        How relevance passes the softmax; None: the ordinary gradient.
+    """
+
+    num_heads: int
+    head_dim: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Identity()
+        self.rule: AttentionRule | None = None
+
+    @property
+    def output(self) -> nn.Linear:
+        """The output projection."""
+        raise NotImplementedError
+
+    def head_weights(self) -> Tensor:
+        """The weights of every head, incoming and outgoing, (heads, weights)."""
+        raise NotImplementedError
+
+    def split(self, projected: Tensor) -> Tensor:
+        """(N, tokens, heads · channels) → (N, heads, tokens, channels)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Mix the values, (N, heads, tokens, channels) each, to (N, tokens, heads · channels)."""
+        if self.rule is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        else:
+            mixed = self.rule.attend(q, k, v, mask, causal)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def by_head(self, weight: Tensor) -> Tensor:
+        """Rows of a projection's weight or columns of the output projection's, by head: (heads, weights)."""
+        return weight.reshape(self.num_heads, -1)
+
+
+class _Torch(Attention):
+    """In place of ``nn.MultiheadAttention``."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+    batch_first = False  # tells nn.TransformerEncoderLayer not to take its fast path
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = original.num_heads, original.head_dim
+        self._tokens_first = not original.batch_first
+        if original.in_proj_weight is not None:
+            weights = original.in_proj_weight.chunk(3)
+        else:
+            weights = original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
+        biases = (None,) * 3 if original.in_proj_bias is None else original.in_proj_bias.chunk(3)
+        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
+            setattr(self, name, _linear(weight, bias))
+        # MultiheadAttention reads its projection's weights but never calls it, so hooks on it must not run
+        self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.out_proj
+
+    def head_weights(self) -> Tensor:
+        incoming = [self.by_head(part.weight) for part in (self.q_proj, self.k_proj, self.v_proj)]
+        return torch.cat([*incoming, self.by_head(self.out_proj.weight.t())], dim=1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._tokens_first:
+            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        q = self.split(self.q_proj(query))
+        k = self.split(self.k_proj(key))
+        v = self.split(self.v_proj(value))
+        mask = _additive(attn_mask, q)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.unflatten(0, (-1, self.num_heads))
+        padding = _additive(key_padding_mask, q)
+        if padding is not None:
+            padding = padding[:, None, None, :]
+            mask = padding if mask is None else mask + padding
+        out = self.out_proj(self.heads(self.attend(q, k, v, mask)))
+        weights = None
+        if need_weights:
+            weights = _logits(q.detach(), k.detach(), mask, False).softmax(-1)
+            weights = weights.mean(1) if average_attn_weights else weights
+        return (out.transpose(0, 1) if self._tokens_first else out), weights
+
+
+class _Timm(Attention):
+    """In place of timm's ``Attention``, ``AttentionRope`` and ``EvaAttention``, with their own submodules."""
+
+    qkv: nn.Linear | None
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Linear
+    proj_drop: nn.Module
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = original.num_heads, original.head_dim
+        for name, module in original._modules.items():  # also those that are None
+            self.add_module(name, module)
+        q_bias = getattr(original, "q_bias", None)
+        if q_bias is not None:  # EvaAttention keeps the bias outside of its projection
+            bias = torch.cat((q_bias, original.k_bias, original.v_bias))
+            self.qkv = _linear(original.qkv.weight, bias)
+        self._groups = getattr(original, "num_kv_groups", 1)
+        self._prefix = getattr(original, "num_prefix_tokens", 0)
+        self._half = getattr(original, "rotate_half", False)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.proj
+
+    def head_weights(self) -> Tensor:
+        if self.qkv is not None:
+            incoming = self.qkv.weight.chunk(3)
+        else:
+            incoming = self.q_proj.weight, self._shared(self.k_proj.weight), self._shared(self.v_proj.weight)
+        return torch.cat([*map(self.by_head, incoming), self.by_head(self.output.weight.t())], dim=1)
+
+    def _shared(self, weight: Tensor) -> Tensor:
+        """Keys and values that a group of heads shares count for each of them."""
+        return weight.unflatten(0, (-1, self.head_dim)).repeat_interleave(self._groups, 0).flatten(0, 1)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            gate = gate(x).sigmoid()
+            gate = gate if self.rule is None else gate.detach()  # as rules.Constant
+        if self.qkv is not None:
+            q, k, v = map(self.split, self.qkv(x).chunk(3, dim=-1))
+        else:
+            q, k, v = (self.split(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
+        if self._groups > 1:
+            k, v = k.repeat_interleave(self._groups, dim=1), v.repeat_interleave(self._groups, dim=1)
+        mixed = self.attend(q, k, v, attn_mask, is_causal)
+        norm = getattr(self, "norm", None)
+        mixed = mixed if norm is None else norm(mixed)
+        mixed = self.heads(mixed if gate is None else mixed * gate)
+        return self.proj_drop(self.proj(mixed))
+
+    def _rotate(self, tokens: Tensor, rope: Tensor) -> Tensor:
+        from timm.layers import apply_rot_embed_cat
+
+        prefix, rest = tokens[:, :, : self._prefix], tokens[:, :, self._prefix :]
+        return torch.cat([prefix, apply_rot_embed_cat(rest, rope, half=self._half)], dim=2)
+
+
+_TIMM = {
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.eva.EvaAttention",
+    "timm.models.vision_transformer.Attention",  # before timm 1.0.16
+}
+SUPPORTED = "torch.nn.MultiheadAttention and timm's Attention, AttentionRope and EvaAttention"
+
+
+def _is_supported(module: nn.Module) -> bool:
+    if type(module) is nn.MultiheadAttention:
+        return module.bias_k is None and not module.add_zero_attn
+    return f"{type(module).__module__}.{type(module).__qualname__}" in _TIMM
+
+
+def is_head_layer(module: nn.Module) -> bool:
+    """Whether the module is an attention whose heads can be scored and pruned."""
+    return isinstance(module, Attention) or _is_supported(module)
+
+
+def unsupported_attention(model: nn.Module) -> dict[str, str]:
+    """Name → class of the attention modules that :mod:`pxp` knows no rules for."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if ("Attention" in type(module).__name__ or "Attn" in type(module).__name__)
+        and isinstance(getattr(module, "num_heads", None), int)
+        and not is_head_layer(module)
+    }
+
+
+def make_explicit(twin: nn.Module) -> nn.Module:
+    """Replace every supported attention of a replica; all others stay as they are."""
+    explicit: dict[int, Attention] = {}  # a shared module stays shared
+    for parent in list(twin.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is not None and _is_supported(module):
+                parent._modules[child] = _explicit(module, explicit)
+    return _explicit(twin, explicit) if _is_supported(twin) else twin
+
+
+def _explicit(module: nn.Module, known: dict[int, Attention]) -> Attention:
+    if id(module) not in known:
+        made = _Torch(module) if isinstance(module, nn.MultiheadAttention) else _Timm(module)
+        copy_hooks(module, made)
+        known[id(module)] = made.eval()
+    return known[id(module)]
+
+
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the hooks around the forward pass that ``source`` has."""
+    for hooks in (name for name in vars(source) if name.startswith("_forward")):
+        getattr(target, hooks).update(getattr(source, hooks))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """torch's MultiheadAttention masks where a bool mask is True."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    x = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+    if causal:
+        x = x.masked_fill(torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+    if mask is not None:
+        x = x.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else x + mask
+    return x
+
+
+def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: gradient * factor)
+    return tensor
+
+
+class AttentionRule(Hook):
+    """Base of the rules of the softmax; placed on an :class:`Attention` by a composite."""
+
+    def register(self, module: nn.Module):
+        if not isinstance(module, Attention):
+            raise TypeError(
+                f"{self!r} is a rule for the attention of a replica, not for {type(module).__name__}; explain the "
+                "model with pxp.attribute or pxp.heatmap"
+            )
+        module.rule = self
+        return _Placed(module)
+
+    def copy(self) -> AttentionRule:
+        return self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """softmax(QKᵀ/√d) V with the rule's backward pass; (N, heads, tokens, channels) each."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class _Placed:
+    def __init__(self, module: Attention) -> None:
+        self.module = module
+
+    def remove(self) -> None:
+        self.module.rule = None
+
+
+class AttnLRP(AttentionRule):
+    """Softmax by its first-order Taylor expansion: R_i = x_i (R_i − s_i Σ_j R_j)  (Achtibat et al. 2024, eq. 12–14).
+
+    In the form R = x ⊙ g that is the ordinary gradient of the softmax. The expansion's constant term absorbs
+    relevance, so conservation does not hold here.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        q, k, v = _scale_gradient(q, 0.25), _scale_gradient(k, 0.25), _scale_gradient(v, 0.5)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+class CPLRP(AttentionRule):
+    """Conservative propagation: attention weights are constants, all relevance goes through the values.
+
+    Source: Ali et al. 2022.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        with torch.no_grad():
+            weights = _logits(q, k, mask, causal).softmax(-1)
+        return weights @ v
+
+
+class SoftmaxZPlus(AttentionRule):
+    """z⁺ on the linearised softmax (Hatefi et al. 2024, the third choice of the search space).
+
+    Linearised at x, s_j = Σ_i J_ji x_i + b_j with J_ji = s_j (δ_ij − s_i) and b_j = s_j (1 − x_j + Σ_i s_i x_i). Only
+    positive contributions count: R_i = Σ_j (J_ji x_i)⁺ / (Σ_i (J_ji x_i)⁺ + b_j⁺) R_j.
+
+    Parameters
+    ----------
+    zero_params : "bias", optional
+        Leave b_j⁺ out of the denominator, so that it absorbs no relevance.
+    epsilon : float, default 1e-9
+        Stabiliser of the denominator; small, since a softmax output often is.
+
+    Raises
+    ------
+    ValueError
+        Negative ``epsilon``; ``zero_params`` that is not ``"bias"``.
+    """
+
+    def __init__(self, *, zero_params: str | None = None, epsilon: float = 1e-9) -> None:
+        super().__init__()
+        if zero_params not in (None, "bias"):
+            raise ValueError(f"zero_params may only be 'bias', got {zero_params!r}")
+        if not epsilon >= 0:
+            raise ValueError(f"epsilon must not be negative, got {epsilon}")
+        self.zero_params, self.epsilon = zero_params, epsilon
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        q, k, v = _scale_gradient(q, 0.25), _scale_gradient(k, 0.25), _scale_gradient(v, 0.5)
+        return _ZPlusSoftmax.apply(_logits(q, k, mask, causal), self) @ v
+
+    def __repr__(self) -> str:
+        return f"SoftmaxZPlus({'zero_params=' + repr(self.zero_params) if self.zero_params else ''})"
+
+
+class _ZPlusSoftmax(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rule: SoftmaxZPlus) -> Tensor:
+        s = x.softmax(-1)
+        ctx.save_for_backward(x, s)
+        ctx.rule = rule
+        return s
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, s = ctx.saved_tensors
+        x = torch.where(s == 0, 0, x)  # masked logits are −∞
+        up, down = x.clamp(min=0), (-x).clamp(min=0)
+        # Σ_i (J_ji x_i)⁺ / s_j: the diagonal is positive where x_j is, all else where x_i is negative
+        size = (1 - s) * up + (s * down).sum(-1, keepdim=True) - s * down
+        if ctx.rule.zero_params is None:
+            size += (1 - x + (s * x).sum(-1, keepdim=True)).clamp(min=0)
+        share = s * (s * grad) / (s * size + ctx.rule.epsilon)
+        others = share.sum(-1, keepdim=True) - share
+        return torch.where(x > 0, (1 - s) * share, torch.where(x < 0, -s * others, 0)), None
+
+
+SOFTMAX_RULES: dict[str, Callable[..., AttentionRule]] = {"attnlrp": AttnLRP, "cp": CPLRP, "zplus": SoftmaxZPlus}
+
+
+def make_softmax_rule(rule: str | AttentionRule, zero_params: str | None = None) -> AttentionRule:
+    """Turn a softmax rule's name into the rule; a rule is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        Unknown name.
+    TypeError
+        Neither a name nor a rule.
+    """
+    if isinstance(rule, str):
+        if rule not in SOFTMAX_RULES:
+            raise ValueError(
+                f"unknown softmax rule {rule!r}; allowed: {', '.join(map(repr, SOFTMAX_RULES))}, or a rule object"
+            )
+        return SoftmaxZPlus(zero_params=zero_params) if rule == "zplus" else SOFTMAX_RULES[rule]()
+    if not isinstance(rule, AttentionRule):
+        raise TypeError(f"a softmax rule is a name or a rule such as pxp.SoftmaxZPlus(), got {rule!r}")
+    return rule
+
+
+def silence_heads(module: nn.Module, kept: Tensor) -> list:
+    """Let the pruned heads of an attention give exactly nothing to its output projection; returns hook handles.
+
+    ``nn.MultiheadAttention`` does not call its projection, and its fast path reads only the weights. So it gets, for
+    each pass, a projection whose columns of the pruned heads are zero.
+    """
+    if not isinstance(module, nn.MultiheadAttention | _Torch):
+        projection = module.proj if not isinstance(module, Attention) else module.output
+        assert isinstance(projection, nn.Linear)
+        width = projection.in_features // len(kept)
+
+        def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            off = ~kept.to(inputs[0].device).repeat_interleave(width)
+            return inputs[0].masked_fill(off, 0), *inputs[1:]
+
+        return [projection.register_forward_pre_hook(zero)]
+
+    replaced: list[nn.Module] = []
+
+    def narrow(attention: nn.Module, *_) -> None:
+        projection = attention.out_proj
+        replaced.append(projection)  # type: ignore[arg-type]
+        narrowed = copy.copy(projection)
+        narrowed._parameters = {**projection._parameters, "weight": without_heads(projection.weight, kept)}  # type: ignore
+        attention._modules["out_proj"] = narrowed  # type: ignore[assignment]
+
+    def widen(attention: nn.Module, *_) -> None:
+        attention._modules["out_proj"] = replaced.pop()
+
+    return [
+        module.register_forward_pre_hook(narrow),
+        module.register_forward_hook(widen, prepend=True, always_call=True),
+    ]
+
+
+def without_heads(weight: Tensor, kept: Tensor) -> Tensor:
+    """An output projection's weight with the columns of the pruned heads zeroed."""
+    width = weight.shape[1] // len(kept)
+    return weight.masked_fill(~kept.to(weight.device).repeat_interleave(width), 0)
