@@ -57,7 +57,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py
 
 train: .venv/.installed
-	$(BIN)/python -m pxp.train vgg resnet $(addprefix --root ,$(ROOT))
+	$(BIN)/python -m pxp.train vgg resnet vit $(addprefix --root ,$(ROOT))
 
 clean:
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -195,6 +195,7 @@ def pruning_curve(
     order: str = "least",
     scope: str = "global",
     min_keep: int = 0,
+    cost: str | None = None,
     batch_size: int = 100,
     progress: bool = True,
 ) -> Curve:
@@ -211,7 +212,7 @@ def pruning_curve(
         Default the paper's 20: 0, 0.05, …, 0.95.
     classes : sequence of int, optional
         See :func:`accuracy`.
-    by, order, scope, min_keep
+    by, order, scope, min_keep, cost
         See :meth:`Scores.select`.
     batch_size : int, default 100
         Small batches stay in the processor's cache.
@@ -230,7 +231,7 @@ def pruning_curve(
     several = [scores] if isinstance(scores, Scores) else list(scores)
     if not several or not rates:
         raise ValueError("a pruning curve needs at least one Scores and one rate")
-    settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep}
+    settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
     masks = [[one.select(rate, **settings) for rate in rates] for one in several]  # type: ignore[arg-type]
     bar = tqdm(total=len(several) * len(rates), desc="prune", delay=5, leave=False, disable=not progress)
     known: dict[bytes, float] = {}  # runs share the unpruned network, and sometimes a whole mask

@@ -154,6 +154,7 @@ class Scores(_ByLayer):
         order: str = "least",
         scope: str = "global",
         min_keep: int = 0,
+        cost: str | None = None,
     ) -> Mask:
         """Choose the components to prune.
 
@@ -172,6 +173,10 @@ class Scores(_ByLayer):
         min_keep : int, default 0
             Components that every layer keeps whatever the rate; prevents a dead layer. The rate is then not reached
             where too little is left to prune.
+        cost : {"parameters", "flops"}, optional
+            Rank by score per cost, and prune until ``rate`` of the whole cost is saved (never more). This is how kinds
+            of different size, such as heads and neurons, are pruned together. What a component costs is the attribute
+            of :class:`pxp.components.Layer` of this name. Default: every component counts the same.
 
         Returns
         -------
@@ -181,9 +186,11 @@ class Scores(_ByLayer):
         Raises
         ------
         ValueError
-            A value that is not among the allowed ones, or both or neither of ``rate`` and ``count``.
+            A value that is not among the allowed ones; both or neither of ``rate`` and ``count``, or ``count`` with
+            ``cost``; components that cost nothing.
         """
         for name, value, allowed in (
+            ("cost", cost, (None, "parameters", "flops")),
             ("by", by, ("magnitude", "signed")),
             ("order", order, ("least", "most")),
             ("scope", scope, ("global", "layer")),
@@ -194,25 +201,37 @@ class Scores(_ByLayer):
             raise ValueError("give either rate or count")
         if rate is not None and not 0 <= rate <= 1:
             raise ValueError(f"rate must be in [0, 1], got {rate}")
+        if count is not None and cost is not None:
+            raise ValueError("count says how many, so a cost has no meaning beside it; give a rate")
         if count is not None and not 0 <= count <= self.units.total:
             raise ValueError(f"count must be between 0 and {self.units.total}, got {count}")
         if min_keep < 0:
             raise ValueError(f"min_keep must not be negative, got {min_keep}")
 
         scores = self if by == "magnitude" else self.signed
-        keys = {name: values if order == "least" else -values for name, values in scores.items()}
+        price = {name: float(getattr(layer, cost)) if cost else 1.0 for name, layer in self.units.items()}
+        if 0 in price.values():
+            raise ValueError(f"{cost} of these layers are unknown: {', '.join(n for n, p in price.items() if p == 0)}")
+        keys = {name: (1 if order == "least" else -1) * values / price[name] for name, values in scores.items()}
         groups = [list(keys)] if scope == "global" else [[name] for name in keys]
         kept: dict[str, Tensor] = {}
         for names in groups:
             key = torch.cat([keys[name] for name in names])
-            number = round(rate * len(key)) if rate is not None else min(count or 0, len(key))
+            prices = torch.cat([torch.full((len(keys[name]),), price[name], dtype=torch.float64) for name in names])
+            number = len(key)
             if min_keep:
                 # the last of each layer to be pruned are not pruned at all
                 guarded = torch.cat([_last(keys[name], min_keep) for name in names])
                 key = key.masked_fill(guarded, torch.inf)
-                number = min(number, int((~guarded).sum()))
+                number = int((~guarded).sum())
+            queue = torch.argsort(key, stable=True)
+            if cost is None:
+                number = min(number, round(rate * len(key)) if rate is not None else count or 0)
+            elif rate is not None:
+                budget = rate * float(prices.sum()) * (1 + 1e-12)
+                number = min(number, int((prices[queue].cumsum(0) <= budget).sum()))
             keep = torch.ones(len(key), dtype=torch.bool)
-            keep[torch.argsort(key, stable=True)[:number]] = False
+            keep[queue[:number]] = False
             kept |= dict(zip(names, keep.split([len(keys[name]) for name in names]), strict=True))
         return Mask(self.units, kept)
 

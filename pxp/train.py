@@ -45,7 +45,7 @@ def train(
 
     Parameters
     ----------
-    name : {"vgg", "resnet"}
+    name : {"vgg", "resnet", "vit"}
     root : path, optional
         Passed to :func:`pxp.load_dataset` for the full Fashion-MNIST.
     epochs : int, optional

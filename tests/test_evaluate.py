@@ -132,7 +132,7 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
 def test_curve_options_reach_select_and_accuracy():
     model, x, labels, units = network("vgg", samples=40)
     scores = [pxp.attribute(model, None, units, pxp.Random(seed)) for seed in (0, 1)]
-    options = {"by": "signed", "order": "most", "scope": "layer", "min_keep": 2}
+    options = {"by": "signed", "order": "most", "scope": "layer", "min_keep": 2, "cost": "flops"}
     curve = pxp.pruning_curve(model, scores, (x, labels), rates=(0, 0.5, 1), classes=[0, 3], **options)
     assert curve.settings == options and curve.rates == (0, 0.5, 1) and len(curve.runs) == 2
     for one, run in zip(scores, curve.runs, strict=True):

@@ -17,15 +17,17 @@ from pxp.data import ASSETS, Split
 from pxp.models import SHIPPED, load_model, model_card
 from pxp.train import train
 
+PROMISED = {"vgg": 0.93, "resnet": 0.93, "vit": 0.9}
+
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_networks_reach_their_cards_accuracy(name, data):
     card, model = model_card(name), load_model(name)
     assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
     found = pxp.accuracy(model, data.eval)
-    assert card["test_accuracy"] >= 0.93 and card["test_images"] == 10_000
+    assert card["test_accuracy"] >= PROMISED[name] and card["test_images"] == 10_000
     # 2,000 of the 10,000 test images: standard error 0.006
-    assert found >= 0.9 and abs(found - card["test_accuracy"]) < 0.02
+    assert found >= PROMISED[name] - 0.02 and abs(found - card["test_accuracy"]) < 0.02
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
     assert card["name"] == name and card["architecture"] == f"pxp.models.{type(model).__name__}"
     assert {"data", "recipe", "epochs", "seed", "storage", "licence", "sha256"} <= set(card)
@@ -80,7 +82,10 @@ def test_damaged_cards(folder, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("lenet",), "unknown model 'lenet'; shipped: 'vgg', 'resnet'; or 'torchvision/<name>' or 'timm/<name>'"),
+        (
+            ("lenet",),
+            "unknown model 'lenet'; shipped: 'vgg', 'resnet', 'vit'; or 'torchvision/<name>' or 'timm/<name>'",
+        ),
         (("torchvision/",), "unknown model 'torchvision/'"),
         (("keras/vgg16",), "unknown model 'keras/vgg16'"),
     ],
@@ -93,7 +98,7 @@ def test_unknown_networks(arguments, message):
 def test_shipped_networks_have_their_own_weights():
     with pytest.raises(ValueError, match="'vgg' is shipped with its own weights; weights='DEFAULT'"):
         load_model("vgg", weights="DEFAULT")
-    with pytest.raises(ValueError, match="no shipped network 'vit16'; available: 'vgg', 'resnet'"):
+    with pytest.raises(ValueError, match="no shipped network 'vit16'; available: 'vgg', 'resnet', 'vit'"):
         model_card("vit16")
 
 
@@ -157,5 +162,5 @@ def test_a_state_of_another_run_is_refused(tiny, tmp_path):
     train("vgg", epochs=1, seed=0, run_folder=tmp_path, asset_folder=tmp_path, data=small)
     with pytest.raises(ValueError, match=r"is of a run with epochs=1, seed=0, not epochs=1, seed=1; delete it"):
         train("vgg", epochs=1, seed=1, run_folder=tmp_path, asset_folder=tmp_path, data=small)
-    with pytest.raises(ValueError, match="unknown network 'lenet'; available: 'vgg', 'resnet'"):
+    with pytest.raises(ValueError, match="unknown network 'lenet'; available: 'vgg', 'resnet', 'vit'"):
         train("lenet")

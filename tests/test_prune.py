@@ -74,6 +74,32 @@ def test_select(scores, options, expected):
     assert all(torch.equal(scores[name], values) for name, values in before.items())
 
 
+def test_select_by_cost():
+    cheap = Layer("cheap", 3, ("cheap",), parameters=1, flops=10)
+    dear = Layer("dear", 2, ("dear",), parameters=4, flops=2)
+    units = Components("filter", [cheap, dear], Trace(("cheap", "dear"), {"cheap": ("",), "dear": ("",)}))
+    values = {"cheap": torch.tensor([1.0, 3.0, 2.0]), "dear": torch.tensor([6.0, 2.0])}
+    scores = pxp.Scores(units, values, values)
+    # per parameter 1, 3, 2 and 1.5, 0.5; all together cost 11
+    assert pruned(scores.select(4 / 11, cost="parameters")) == {("dear", 1)}
+    assert pruned(scores.select(5 / 11, cost="parameters")) == {("dear", 1), ("cheap", 0)}
+    assert pruned(scores.select(8 / 11, cost="parameters")) == {("dear", 1), ("cheap", 0)}  # never more than asked
+    assert pruned(scores.select(9 / 11, cost="parameters")) == {("dear", 1), ("cheap", 0), ("dear", 0)}
+    assert pruned(scores.select(1.0, cost="parameters", min_keep=1)) == {("dear", 1), ("cheap", 0), ("cheap", 2)}
+    # per operation 0.1, 0.3, 0.2 and 3, 1; all together cost 34
+    assert pruned(scores.select(0.9, cost="flops")) == {("cheap", 0), ("cheap", 1), ("cheap", 2)}
+    assert pruned(scores.select(0.9)) != pruned(scores.select(0.9, cost="flops"))
+    assert pruned(scores.select(0.2, cost="flops", order="most")) == {("dear", 0), ("dear", 1)}
+    assert pruned(scores.select(0.5, cost="flops", scope="layer")) == {("cheap", 0), ("dear", 1)}
+    assert not pruned(scores.select(0, cost="flops")) and scores.select(1, cost="flops").kept == 0
+    with pytest.raises(ValueError, match="a cost has no meaning"):
+        scores.select(count=1, cost="flops")
+    with pytest.raises(ValueError, match="cost must be one of None, 'parameters', 'flops', got 'time'"):
+        scores.select(0.5, cost="time")
+    with pytest.raises(ValueError, match="parameters of these layers are unknown: a, b"):
+        made({"a": [1.0], "b": [1.0]}).select(0.5, cost="parameters")
+
+
 def test_ties_go_to_the_earlier_layer_and_lower_index():
     scores = made({"late": [1.0, 1.0], "early": [1.0, 1.0]})
     assert pruned(scores.select(count=1)) == {("late", 0)}
