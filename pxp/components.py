@@ -243,9 +243,11 @@ def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
 def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     config = getattr(model, "default_cfg", None) or {}  # timm
     shapes: list[tuple[int, ...]] = []
-    side = getattr(model, "image_size", None)  # torchvision's vision transformers take no other
-    if isinstance(side, int):
-        shapes += [(channels, side, side) for channels in (3, 1)]
+    # torchvision's and timm's vision transformers take no other size
+    side = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(side, int | tuple):
+        height, width = side if isinstance(side, tuple) else (side, side)
+        shapes += [(channels, height, width) for channels in (3, 1)]
     if isinstance(config.get("input_size"), tuple | list):
         shapes.append(tuple(config["input_size"]))
     first = next((m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))), None)

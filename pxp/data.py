@@ -25,6 +25,14 @@ FASHION_MNIST_CLASSES = (
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+# Imagenette's ten classes of ImageNet: WordNet id → index and name
+IMAGENETTE_CLASSES = {
+    "n01440764": (0, "tench"), "n02102040": (217, "English springer"), "n02979186": (482, "cassette player"),
+    "n03000684": (491, "chain saw"), "n03028079": (497, "church"), "n03394916": (566, "French horn"),
+    "n03417042": (569, "garbage truck"), "n03425413": (571, "gas pump"), "n03445777": (574, "golf ball"),
+    "n03888257": (701, "parachute"),
+}  # fmt: skip
+
 # SHA-256 over the raw bytes of (train images, train labels, test images, test labels) of the original release.
 FASHION_MNIST_SHA256 = "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"
 
@@ -58,6 +66,36 @@ class Split(NamedTuple):
         )
 
 
+class Photographs(Dataset):
+    """Images of a folder that has a subfolder per class, read when asked for; labels are ImageNet's class indices.
+
+    An item is (image, label): float32 (3, 224, 224), as torchvision's pretrained networks take it, and int. The labels
+    of all items are ``targets``.
+    """
+
+    def __init__(self, folder: Path, start: int = 0, step: int = 1) -> None:
+        from torchvision.datasets import ImageFolder
+        from torchvision.models import VGG16_BN_Weights
+
+        everything = ImageFolder(folder, transform=VGG16_BN_Weights.DEFAULT.transforms())
+        unknown = sorted(set(everything.classes) - set(IMAGENETTE_CLASSES))
+        if unknown:
+            raise ValueError(f"{folder} holds no Imagenette: unknown class folders {', '.join(unknown)}")
+        self._images = everything
+        self._members = range(start, len(everything), step)
+        labels = [IMAGENETTE_CLASSES[name][0] for name in everything.classes]
+        self.targets = [labels[everything.targets[i]] for i in self._members]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._images[self._members[index]][0], self.targets[index]
+
+    def __repr__(self) -> str:
+        return f"Photographs({len(self):,} images, {len(set(self.targets))} classes)"
+
+
 @dataclass(frozen=True, repr=False)
 class ImageData:
     """Three disjoint splits of one data set.
@@ -67,20 +105,23 @@ class ImageData:
     name : str
         Name that was given to :func:`load_dataset`.
     classes : tuple of str
-        Class names, in the order of the labels.
-    reference : Split
+        Class names.
+    labels : tuple of int
+        The label of each class.
+    reference : Split or Photographs
         Training images; reference samples are drawn from here.
-    tune : Split
-        Held out of training; hyperparameters are chosen here.
-    eval : Split
+    tune : Split or Photographs
+        Disjoint from the two others; hyperparameters are chosen here.
+    eval : Split or Photographs
         Test images; only used for what is reported.
     """
 
     name: str
     classes: tuple[str, ...]
-    reference: Split
-    tune: Split
-    eval: Split
+    labels: tuple[int, ...]
+    reference: Split | Photographs
+    tune: Split | Photographs
+    eval: Split | Photographs
 
     def __repr__(self) -> str:
         rows = "\n".join(f"  {part:<10}{getattr(self, part)!r}" for part in ("reference", "tune", "eval"))
@@ -92,21 +133,25 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
 
     Parameters
     ----------
-    name : {"fashion-mnist"}
-        Fashion-MNIST, 28 × 28 grey images of ten kinds of clothes.
+    name : {"fashion-mnist", "imagenette"}
+        Fashion-MNIST: 28 × 28 grey images of ten kinds of clothes. Imagenette: 13,394 photographs of ten classes of
+        ImageNet, for networks with pretrained weights; reference and tune are the two halves of the training images
+        (which such a network has seen), eval the validation images.
     full : bool, default False
-        False: the balanced subsets that ship with the package: reference 100 images per class, tune 100 per class
-        (no network was trained on them), eval 200 per class (test images). No file but the package's is read.
-        True: all 70,000 images; reference is the 59,000 training images, tune the same 1,000 as above, eval the
-        10,000 test images.
+        Of Fashion-MNIST only. False: the balanced subsets that ship with the package: reference 100 images per
+        class, tune 100 per class (no network was trained on them), eval 200 per class (test images). No file but the
+        package's is read. True: all 70,000 images; reference is the 59,000 training images, tune the same 1,000 as
+        above, eval the 10,000 test images.
     root : path, optional
-        Only with ``full=True``: a folder with the four original ``*-ubyte`` files (gzipped or not), or one in
-        torchvision's layout. Default: torchvision downloads into ``~/.cache/pxp``.
+        Of the full Fashion-MNIST: a folder with the four original ``*-ubyte`` files (gzipped or not), or one in
+        torchvision's layout. Of Imagenette: a folder that holds ``imagenette2-320``. Default: torchvision downloads
+        into ``~/.cache/pxp`` (30 and 330 MB).
 
     Returns
     -------
     ImageData
-        With the splits ``reference``, ``tune`` and ``eval``; images float32 (N, 1, 28, 28) in [0, 1].
+        With the splits ``reference``, ``tune`` and ``eval``. Of Fashion-MNIST all images are in memory, float32
+        (N, 1, 28, 28) in [0, 1]; of Imagenette they are read when drawn, see :class:`pxp.data.Photographs`.
 
     Raises
     ------
@@ -117,10 +162,15 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
 
     Notes
     -----
-    Fashion-MNIST: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747, MIT licence.
+    Fashion-MNIST: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747, MIT licence. Imagenette: fast.ai; the photographs are
+    ImageNet's and are not redistributed here.
     """
+    if name == "imagenette":
+        if full:
+            raise ValueError("full=True is for 'fashion-mnist'; 'imagenette' is always whole")
+        return _read_imagenette(root)
     if name != "fashion-mnist":
-        raise ValueError(f"unknown data set {name!r}; available: 'fashion-mnist'")
+        raise ValueError(f"unknown data set {name!r}; available: 'fashion-mnist', 'imagenette'")
     if root is not None and not full:
         raise ValueError("root is only read with full=True; the shipped subsets need none")
     packed = _read_subsets(ASSETS / "fashion-mnist.npz")
@@ -128,13 +178,14 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
         parts = {
             part: _split(packed[f"{part}_images"], packed[f"{part}_labels"]) for part in ("reference", "tune", "eval")
         }
-        return ImageData(name, FASHION_MNIST_CLASSES, **parts)
+        return ImageData(name, FASHION_MNIST_CLASSES, tuple(range(10)), **parts)
     train_images, train_labels, test_images, test_labels = _read_full(root)
     tune = packed["tune_index"]
     rest = np.setdiff1d(np.arange(len(train_labels)), tune)
     return ImageData(
         name,
         FASHION_MNIST_CLASSES,
+        tuple(range(10)),
         reference=_split(train_images[rest], train_labels[rest]),
         tune=_split(train_images[tune], train_labels[tune]),
         eval=_split(test_images, test_labels),
@@ -275,3 +326,22 @@ def _read_full(root: str | Path | None) -> tuple[np.ndarray, ...]:
     if digest != FASHION_MNIST_SHA256:
         raise ValueError(f"the files in {root} are not the original release of Fashion-MNIST (SHA-256 {digest})")
     return arrays
+
+
+def _read_imagenette(root: str | Path | None) -> ImageData:
+    from torchvision.datasets import Imagenette
+
+    base = Path.home() / ".cache" / "pxp" if root is None else Path(root)
+    try:
+        if root is None:
+            base.mkdir(parents=True, exist_ok=True)
+            Imagenette(base, "train", "320px", download=True)
+        train, val = base / "imagenette2-320" / "train", base / "imagenette2-320" / "val"
+        parts = Photographs(train, 0, 2), Photographs(train, 1, 2), Photographs(val)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"no readable copy of Imagenette in {base} ({error}). Unpack imagenette2-320.tgz from "
+            "https://github.com/fastai/imagenette into a folder and pass root=<that folder>"
+        ) from error
+    indices, names = zip(*IMAGENETTE_CLASSES.values(), strict=True)
+    return ImageData("imagenette", names, indices, *parts)

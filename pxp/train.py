@@ -72,6 +72,7 @@ def train(
     epochs = EPOCHS[name] if epochs is None else epochs
     if data is None:
         full = load_dataset("fashion-mnist", full=True, root=root)
+        assert isinstance(full.reference, Split) and isinstance(full.eval, Split)
         data = full.reference, full.eval
     (images, labels), test = data
     images = images.to(memory_format=torch.channels_last)

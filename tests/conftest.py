@@ -211,7 +211,7 @@ def untouched():
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the largest expected value."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import FASHION
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.models import VGG16_BN_Weights
 
 import pxp
 from pxp import data as pxp_data
-from pxp.data import ASSETS, FASHION_MNIST_CLASSES, batches, load_dataset, reference_samples
+from pxp.data import ASSETS, FASHION_MNIST_CLASSES, IMAGENETTE_CLASSES, batches, load_dataset, reference_samples
 
 PARTS = {"reference": 100, "tune": 100, "eval": 200}
 
@@ -255,3 +257,45 @@ def test_batches():
 def test_public_names_exist():
     assert all(hasattr(pxp, name) for name in pxp.__all__)
     assert len(set(pxp.__all__)) == len(pxp.__all__)
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Imagenette's folders with six small random images per class and part."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in IMAGENETTE_CLASSES:
+            folder = tmp_path / "imagenette2-320" / part / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
+    return tmp_path
+
+
+def test_imagenette(photographs):
+    data = pxp.load_dataset("imagenette", root=photographs)
+    assert data.labels == (0, 217, 482, 491, 497, 566, 569, 571, 574, 701) and data.classes[2] == "cassette player"
+    assert [len(part) for part in (data.reference, data.tune, data.eval)] == [30, 30, 60]
+    images, labels = pxp.reference_samples(data.reference, per_class=3)
+    assert images.shape == (30, 3, 224, 224) and labels.unique().tolist() == list(data.labels)
+    others, _ = pxp.reference_samples(data.tune, per_class=3)
+    assert not any(torch.equal(a, b) for a in images for b in others)
+    assert repr(data) == (
+        "imagenette, 10 classes\n  reference Photographs(30 images, 10 classes)\n"
+        "  tune      Photographs(30 images, 10 classes)\n  eval      Photographs(60 images, 10 classes)"
+    )
+    # the names are those that torchvision's networks give to these outputs
+    assert tuple(VGG16_BN_Weights.DEFAULT.meta["categories"][i] for i in data.labels) == data.classes
+
+
+def test_imagenette_that_is_not_there_or_another(photographs, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no readable copy of Imagenette in .*imagenette2-320\.tgz"):
+        pxp.load_dataset("imagenette", root=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="'imagenette' is always whole"):
+        pxp.load_dataset("imagenette", full=True)
+    (photographs / "imagenette2-320" / "train" / "n01440764").rename(photographs / "imagenette2-320" / "train" / "dog")
+    with pytest.raises(ValueError, match="holds no Imagenette: unknown class folders dog"):
+        pxp.load_dataset("imagenette", root=photographs)
