@@ -79,8 +79,8 @@ def replica(model: nn.Module) -> nn.Module:
     ValueError
         A model with parametrised or torch-pruned weights, or one that cannot be copied.
     """
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): b.detach() for b in model.buffers()}
+    memo: dict[int, object] = {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): _shared(b) for b in model.buffers()}
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module) or hasattr(module, "weight_orig"):
             raise ValueError(
@@ -97,6 +97,14 @@ def replica(model: nn.Module) -> nn.Module:
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return make_explicit(twin)
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The same memory without history; a copy of what was made in inference mode, which no graph may hold."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 # A tensor as it is now; changed in place (by a residual sum) it is another one, though its id stays.
@@ -150,7 +158,9 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if not inputs or not isinstance(output, Tensor):
+            if not inputs:
+                raise TypeError(f"layer {name!r} is called by keyword; rules see positional inputs: write layer(x)")
+            if not isinstance(output, Tensor):
                 return
             source = producer.get(_key(inputs[0]))
             if isinstance(module, BATCH_NORMS):

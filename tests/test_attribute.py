@@ -426,6 +426,33 @@ class Wrapped(nn.Module):
         return self.inner["net"](images)
 
 
+def test_a_model_made_in_inference_mode():
+    model, x, labels, units = network("vgg")
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+    assert all(p.is_inference() for p in made.parameters())
+    expected = pxp.attribute(model, (x, labels), units, pxp.LRP("gamma"))
+    with torch.inference_mode():
+        inside = pxp.find_components(made, "filter")
+    found = pxp.attribute(made, (x, labels), inside, pxp.LRP("gamma"))
+    assert all(torch.equal(found[name], expected[name]) for name in units)
+    assert torch.equal(pxp.heatmap(made, x, labels), pxp.heatmap(model, x, labels))
+
+
+def test_layers_called_by_keyword_are_named():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.conv(input=x).mean((2, 3)))
+
+    for example in (None, torch.zeros(1, 1, 8, 8)):
+        with pytest.raises(TypeError, match=r"'conv' is called by keyword; .* write layer\(x\)"):
+            pxp.find_components(Keyword(), "filter", example=example)
+
+
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_wrapped_and_nested_models(name):
     model, x, labels, units = network(name)

@@ -187,6 +187,16 @@ def test_input_rules_give_relevance_to_black_pixels():
         assert bool((found[x == 0] != 0).any())
 
 
+def test_black_pixels_in_half_precision():
+    """float16 cannot hold the tiny value that stands for black in float32, but has one of its own."""
+    model, x, labels, _ = network("vgg", samples=2)
+    x = x.clamp(min=0).half()
+    expected = pxp.heatmap(model.float(), x.float(), labels, pxp.LRP("zplus", input="flat"))
+    found = pxp.heatmap(model.half(), x, labels, pxp.LRP("zplus", input="flat"))
+    assert found.dtype == torch.float16 and bool((found[x == 0] != 0).any()) and bool(found.isfinite().all())
+    assert relative(found.float(), expected) < 0.05
+
+
 def test_box_can_differ_by_channel():
     model, x, labels, _ = network("grouped", samples=2)
     low, high = torch.tensor([-3.0, -4.0, -5.0]).view(1, 3, 1, 1), torch.tensor([3.0, 5.0, 4.0]).view(1, 3, 1, 1)
