@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes a page of messages otherwise
 
 import torch
 import torchvision
@@ -29,17 +32,35 @@ from torch import nn
 import pxp
 from pxp.replica import fold_batch_norm, replica
 
+MODELS = {
+    "vgg16_bn": "torchvision/vgg16_bn",
+    "resnet18": "torchvision/resnet18",
+    "resnet50": "torchvision/resnet50",
+    "vit_b_16": "torchvision/vit_b_16",
+    "timm vit_b_16": "timm/vit_base_patch16_224",
+}
+CRITERIA = {
+    "epsilon": pxp.LRP("epsilon"),
+    "zplus": pxp.LRP("zplus"),
+    "gamma": pxp.LRP("gamma"),
+    "softmax zplus": pxp.LRP("epsilon", softmax="zplus"),
+    "IG, 20 steps": pxp.IntegratedGradients(20),
+}
 TARGETS = {
     ("vgg16_bn", "epsilon"): 1.15,
-    ("resnet18", "epsilon"): 1.15,
-    ("resnet50", "epsilon"): 1.25,
     ("vgg16_bn", "zplus"): 1.8,
-    ("resnet18", "zplus"): 1.8,
-    ("resnet50", "zplus"): 1.8,
     ("vgg16_bn", "gamma"): 1.9,
+    ("resnet18", "epsilon"): 1.15,
+    ("resnet18", "zplus"): 1.8,
     ("resnet18", "gamma"): 1.9,
-    ("resnet50", "gamma"): 1.9,
     ("resnet18", "IG, 20 steps"): 20.5,
+    ("resnet50", "epsilon"): 1.25,
+    ("resnet50", "zplus"): 1.8,
+    ("resnet50", "gamma"): 1.9,
+    ("vit_b_16", "epsilon"): 0.8,
+    ("vit_b_16", "softmax zplus"): 2.5,
+    ("vit_b_16", "gamma"): 2.5,
+    ("timm vit_b_16", "epsilon"): 1.15,
 }
 MEMORY_TARGET = 1.5
 ZENNIT_RULES = {
@@ -112,42 +133,44 @@ def peak(run: Callable[[], None]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
+def prepared(name: str, batch: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], pxp.Components]:
+    """A network with random weights, random images, and its filters or its heads and neurons."""
+    torch.manual_seed(0)
+    model = pxp.load_model(MODELS[name])
+    for head in (m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.any()):
+        nn.init.normal_(head.weight, std=0.02)  # torchvision's transformers start with an all-zero head
+    units = pxp.find_components(model, ("head", "neuron") if "vit" in name else "filter")
+    return model, (torch.rand(batch, 3, 224, 224), torch.arange(batch)), units
+
+
 def attribution(names: list[str], repeats: int, batch: int) -> None:
-    print(f"\nAttribution of all filters, relative to plain; batch {batch}, 224 x 224, one thread, median of {repeats}")
-    print(f"{'model':<10} {'rule':<13} {'pxp':>6} {'target':>7} {'zennit':>7}")
+    print(f"\nAttribution of all filters, or of all heads and neurons, relative to plain; batch {batch}, 224 x 224,")
+    print(f"one thread, median of {repeats}")
+    print(f"{'model':<14} {'rule':<13} {'pxp':>6} {'target':>7} {'zennit':>7}")
     for name in names:
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None).eval()
-        images, labels = torch.rand(batch, 3, 224, 224), torch.arange(batch)
-        units = pxp.find_components(model, "filter")
-        for rule in ("epsilon", "zplus", "gamma", "IG, 20 steps"):
-            if (name, rule) not in TARGETS:
-                continue
-            integrated = rule.startswith("IG")
-            criterion = pxp.IntegratedGradients(20) if integrated else pxp.LRP(rule)
-            score = partial(pxp.attribute, model, (images, labels), units, criterion, progress=False)
-            runs = {"plain": plain(model, images, labels), "pxp": score}
-            if not integrated:
-                runs["zennit"] = with_zennit(model, rule, images, labels, units)
-            found = medians(runs, max(2, repeats // 3) if integrated else repeats)
+        model, refs, units = prepared(name, batch)
+        for rule in (rule for each, rule in TARGETS if each == name):
+            score = partial(pxp.attribute, model, refs, units, CRITERIA[rule], progress=False)
+            runs = {"plain": plain(model, *refs), "pxp": score}
+            if rule in ZENNIT_RULES and "vit" not in name:  # zennit has no rule for attention
+                runs["zennit"] = with_zennit(model, rule, *refs, units)
+            found = medians(runs, max(2, repeats // 3) if rule.startswith("IG") else repeats)
             zennit_ratio = f"{found['zennit'] / found['plain']:7.2f}" if "zennit" in found else f"{'-':>7}"
             print(
-                f"{name:<10} {rule:<13} {found['pxp'] / found['plain']:6.2f} {TARGETS[name, rule]:7.2f} {zennit_ratio}",
+                f"{name:<14} {rule:<13} {found['pxp'] / found['plain']:6.2f} {TARGETS[name, rule]:7.2f} {zennit_ratio}",
                 flush=True,
             )
 
 
 def memory(names: list[str], batch: int) -> None:
     print(f"\nPeak memory, relative to plain; batch {batch} (target: at most {MEMORY_TARGET})")
-    print(f"{'model':<10} {'rule':<13} {'pxp':>6}")
+    print(f"{'model':<14} {'rule':<13} {'pxp':>6}")
     for name in names:
-        model = torchvision.models.get_model(name, weights=None).eval()
-        images, labels = torch.rand(batch, 3, 224, 224), torch.arange(batch)
-        units = pxp.find_components(model, "filter")
-        base = peak(plain(model, images, labels))
-        for rule in ("epsilon", "zplus", "gamma"):
-            used = peak(partial(pxp.attribute, model, (images, labels), units, pxp.LRP(rule), progress=False))
-            print(f"{name:<10} {rule:<13} {used / base:6.2f}", flush=True)
+        model, refs, units = prepared(name, batch)
+        base = peak(plain(model, *refs))
+        for rule in (rule for each, rule in TARGETS if each == name and not rule.startswith("IG")):
+            used = peak(partial(pxp.attribute, model, refs, units, CRITERIA[rule], progress=False))
+            print(f"{name:<14} {rule:<13} {used / base:6.2f}", flush=True)
 
 
 def sweep() -> None:
@@ -182,10 +205,11 @@ def import_time() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="ResNet-18 only, three repeats")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all")
     parser.add_argument("--batch", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    models = ["resnet18"] if arguments.quick else ["vgg16_bn", "resnet18", "resnet50"]
+    models = arguments.models or (["resnet18"] if arguments.quick else list(MODELS))
     print(f"torch {torch.__version__}, zennit {version('zennit')}")
     attribution(models, 3 if arguments.quick else 7, arguments.batch)
     memory(models, arguments.batch)

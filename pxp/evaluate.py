@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -334,6 +333,8 @@ def compare(first: Curve, second: Curve) -> Comparison:
     if len(difference) < 2:
         raise ValueError("a paired test needs at least two runs")
     low, high = _bootstrap(difference[:, None], 0.95)
+    from scipy import stats  # slow to import, and only needed here and below
+
     test = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
     return Comparison(float(difference.mean()), float(low[0]), float(high[0]), float(test.pvalue), len(difference))
 
@@ -342,5 +343,7 @@ def _bootstrap(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray
     """Percentile interval of the mean over the first axis; (columns,) each."""
     if len(values) < 2:
         return values[0], values[0]
+    from scipy import stats
+
     result = stats.bootstrap((values,), np.mean, axis=0, confidence_level=level, method="percentile", rng=0)
     return result.confidence_interval.low, result.confidence_interval.high
