@@ -14,6 +14,9 @@ from .evaluate import Comparison, Curve, accuracy, compare, pruning_curve
 from .models import load_model, model_card
 from .prune import Mask, Scores, masked
 from .rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+from .space import search_space
+from .studies import load_study, save_study, tuned_curve, winner
+from .tune import tune
 
 __version__ = "0.1.0"
 
@@ -47,9 +50,15 @@ __all__ = [
     "heatmap",
     "load_dataset",
     "load_model",
+    "load_study",
     "masked",
     "model_card",
     "plots",
     "pruning_curve",
     "reference_samples",
+    "save_study",
+    "search_space",
+    "tune",
+    "tuned_curve",
+    "winner",
 ]

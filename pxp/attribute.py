@@ -108,9 +108,10 @@ def attribute(
                 for name, value in values.items():
                     value = value.double().cpu()  # (samples, tokens, components)
                     signed[name] += value.sum((0, 1))
-                    if getattr(criterion, "absolute", "token") == "sample":
+                    absolute = getattr(criterion, "absolute", "token")
+                    if absolute == "sample":
                         value = value.sum(1, keepdim=True)
-                    magnitude[name] += value.abs().sum((0, 1))
+                    magnitude[name] += (value if absolute == "never" else value.abs()).sum((0, 1))
                 samples += len(labels)
     if samples == 0:
         raise ValueError("the reference set is empty: no sample to explain")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torchvision.models import ResNet
@@ -15,6 +16,7 @@ from .rules import Constant, Half, Identity, Normalisation, Rule, is_normalisati
 
 GROUPS = ("low", "middle", "high", "fc")
 STARTS = ("logit", "one", "margin", "loss")
+ABSOLUTE = ("token", "sample", "never")
 
 
 def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
@@ -114,9 +116,14 @@ class LRP:
         Average the relevance over this many images on the straight way from black to the image; costs as many passes.
     zero_params : "bias", optional
         For the rules given by name: leave biases out of the denominators.
-    absolute : {"token", "sample"}, default "token"
+    absolute : {"token", "sample", "never"}, default "token"
         ``scores`` are means of absolute values: taken per token, as in the paper, or per sample, after summing over
-        its tokens. Filters have one token, so there is no difference.
+        its tokens (filters have one token, so there is no difference), or not at all: the mean relevance with its sign,
+        so that the most negative component goes first.
+    **parameters
+        Parameters of a group's rule that is given by name, as ``<group>_<parameter>``: ``low_epsilon``,
+        ``middle_gamma``, ``high_alpha`` (β = α − 1), ``fc_zero_params`` and so on. It is how :func:`pxp.tune` writes a
+        setting down: ``LRP(middle="gamma", middle_gamma=0.1)`` is ``LRP(middle=pxp.Gamma(0.1))``.
 
     Notes
     -----
@@ -126,7 +133,8 @@ class LRP:
     Raises
     ------
     ValueError
-        Unknown rule, start, zero_params or absolute; ``path_steps`` below 1.
+        Unknown rule, start, zero_params or absolute; ``path_steps`` below 1; a parameter that the group's rule does not
+        have.
 
     Examples
     --------
@@ -160,10 +168,18 @@ class LRP:
         zero_params: str | None = None,
         softmax: str | AttentionRule = "attnlrp",
         absolute: str = "token",
+        **parameters: Any,
     ) -> None:
         given = dict(zip(GROUPS, (low, middle, high, fc), strict=True))
         for group, chosen in given.items():
-            object.__setattr__(self, group, rule if chosen is None else chosen)
+            chosen = rule if chosen is None else chosen
+            own = {key: parameters.pop(key) for key in list(parameters) if key.startswith(f"{group}_")}
+            if own:
+                own = {key.removeprefix(f"{group}_"): value for key, value in own.items()}
+                chosen = make_rule(chosen, **{"zero_params": zero_params, **own})
+            object.__setattr__(self, group, chosen)
+        if parameters:
+            raise TypeError(f"LRP has no parameter {', '.join(map(repr, parameters))}")
         for name, value in (
             ("input", input),
             ("start", start),
@@ -268,6 +284,6 @@ def check_start(start: str) -> None:
 
 
 def check_absolute(absolute: str) -> None:
-    """Raise ValueError unless ``absolute`` is ``"token"`` or ``"sample"``."""
-    if absolute not in ("token", "sample"):
-        raise ValueError(f"absolute must be 'token' or 'sample', got {absolute!r}")
+    """Raise ValueError unless ``absolute`` is one of the known ways."""
+    if absolute not in ABSOLUTE:
+        raise ValueError(f"absolute must be one of {', '.join(map(repr, ABSOLUTE))}, got {absolute!r}")

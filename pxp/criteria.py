@@ -17,7 +17,7 @@ class Taylor:
     ----------
     start : {"loss", "logit", "one", "margin"}, default "loss"
         What is differentiated: the cross-entropy loss as in the source, or as for :class:`pxp.LRP`.
-    absolute : {"token", "sample"}, default "token"
+    absolute : {"token", "sample", "never"}, default "token"
         As for :class:`pxp.LRP`. With ``"sample"`` the score of a head is Michel et al.'s (2019) importance: the mean of
         \|∂loss/∂m\|, where m = 1 multiplies the head's output.
     """

@@ -241,12 +241,24 @@ def pruning_curve(
             for mask in row:
                 key = torch.cat(list(mask.values())).numpy().tobytes()
                 if key not in known:
-                    with _silenced_replica(model, mask) as pruned:
-                        known[key] = accuracy(pruned, data, classes=classes, batch_size=batch_size)
+                    known[key] = masked_accuracy(model, mask, data, classes=classes, batch_size=batch_size)
                 run.append(known[key])
                 bar.update()
             runs.append(tuple(run))
     return Curve(tuple(rates), tuple(runs), several[0].criterion, settings)
+
+
+def masked_accuracy(
+    model: nn.Module,
+    mask: Mask,
+    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    *,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 100,
+) -> float:
+    """Accuracy of the masked model, on a replica: faster than :func:`pxp.masked`, and safe in threads."""
+    with _silenced_replica(model, mask) as pruned:
+        return accuracy(pruned, data, classes=classes, batch_size=batch_size)
 
 
 @contextmanager

@@ -575,23 +575,39 @@ RULES: dict[str, Callable[..., Rule]] = {
 }
 
 
-def make_rule(rule: str | Rule, zero_params: str | list[str] | None = None) -> Rule:
-    """Turn a rule's name into the rule with its default parameters; a rule is returned as it is.
+# the parameter of each rule that has one, as in ``pxp.LRP(low="gamma", low_gamma=0.1)``
+PARAMETERS: dict[str, str] = {"epsilon": "epsilon", "gamma": "gamma", "alpha2beta1": "alpha"}
+
+
+def make_rule(rule: str | Rule, zero_params: str | list[str] | None = None, **parameter: float) -> Rule:
+    """Turn a rule's name into the rule, with its default parameter or another; a rule is returned as it is.
 
     Raises
     ------
     ValueError
-        Unknown name; ``zero_params`` together with a rule object, which has its own.
+        Unknown name; a parameter that this rule does not have; parameters together with a rule object, which has its
+        own.
     TypeError
         Neither a name nor a rule.
     """
     if isinstance(rule, str):
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}; allowed: {', '.join(map(repr, RULES))}, or a rule object")
-        return RULES[rule](zero_params=zero_params)
+        allowed = PARAMETERS.get(rule)
+        if set(parameter) - {allowed}:
+            has = f"{allowed!r} and 'zero_params'" if allowed else "'zero_params' only"
+            raise ValueError(
+                f"the rule {rule!r} has no parameter {next(iter(set(parameter) - {allowed}))!r}; it has {has}"
+            )
+        if rule == "alpha2beta1" and parameter:
+            return AlphaBeta(parameter["alpha"], parameter["alpha"] - 1, zero_params=zero_params)
+        return RULES[rule](zero_params=zero_params, **parameter)
     if not isinstance(rule, Rule):
         raise TypeError(f"a rule is a name or a pxp rule such as pxp.Gamma(0.25), got {rule!r}")
-    if zero_params:
+    if zero_params or parameter:
         name = type(rule).__name__
-        raise ValueError(f"give zero_params to the rule itself: {name}(..., zero_params={zero_params!r})")
+        given = ", ".join(
+            f"{key}={value!r}" for key, value in {"zero_params": zero_params, **parameter}.items() if value
+        )
+        raise ValueError(f"give {given} to the rule itself: {name}(..., {given})")
     return rule

@@ -70,7 +70,7 @@ def test_imports_of_the_package_are_declared(path):
 
 def test_requirements_are_lower_bounds_and_reach_the_package():
     lines = [line for line in read("requirements.txt").splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+(>=[\d.]+(,<\d+)?|==[\d.]+post1)", line) for line in lines), lines
+    assert all(re.fullmatch(r"[\w.-]+(\[\w+\])?(>=[\d.]+(,<\d+)?|==[\d.]+post1)", line) for line in lines), lines
     runtime = notebook_lint.requirements()
     assert {"torch", "zennit"} <= runtime
     assert "jupyter-book" not in runtime

@@ -1,0 +1,53 @@
+"""The searches that the book reports: ``python benchmarks/searches.py NAME...`` makes or goes on with them.
+
+A study is kept as ``runs/NAME.journal`` while it runs, so that any number of processes can work on it, and written to
+``pxp/assets/studies/NAME.json`` when it is complete. Tuning images: 50 per class; references: 10 per class.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import pxp
+from pxp.data import ASSETS
+
+# name → model, kind of component, sampler, trials (None: the whole grid)
+SEARCHES = {
+    "vgg-grid": ("vgg", "filter", "grid", None),
+    "resnet-tpe": ("resnet", "filter", "tpe", 100),
+    "vit-heads-tpe": ("vit", "head", "tpe", 100),
+    "vit-neurons-tpe": ("vit", "neuron", "tpe", 100),
+}
+
+
+def search(name: str, seed: int | None) -> None:
+    network, kind, sampler, trials = SEARCHES[name]
+    data, model = pxp.load_dataset(), pxp.load_model(network)
+    Path("runs").mkdir(exist_ok=True)
+    study = pxp.tune(
+        model,
+        pxp.reference_samples(data.reference, per_class=10),
+        pxp.find_components(model, kind),
+        pxp.reference_samples(data.tune, per_class=50),
+        trials,
+        sampler=sampler,
+        storage=f"runs/{name}.journal",
+        study_name=name,
+        seed=seed,
+    )
+    (ASSETS / "studies").mkdir(exist_ok=True)
+    pxp.save_study(study, ASSETS / "studies" / f"{name}.json")
+    print(f"{name}: {len(study.trials)} trials, best {study.best_value:.3f} by {pxp.LRP(**study.best_params)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=SEARCHES, metavar="NAME", help=", ".join(SEARCHES))
+    parser.add_argument("--seed", type=int, default=0, help="of the sampler; several workers need different ones")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for each in arguments.names:
+        search(each, arguments.seed)

@@ -1,0 +1,217 @@
+"""Finished searches: the winner, its curve on images that the search has not seen, and files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .attribute import Criterion, attribute
+from .components import Components
+from .data import ASSETS, batches
+from .evaluate import Curve, pruning_curve
+from .space import as_criterion
+
+if TYPE_CHECKING:
+    import optuna
+
+Data = tuple[Tensor, Tensor] | DataLoader | Dataset
+SHARED = 0.01  # two splits of one collection may hold a few equal images
+
+
+def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | None = None) -> tuple[Criterion, dict]:
+    """The best criterion of a study, and the options of :meth:`pxp.Scores.select` that belong to it.
+
+    Parameters
+    ----------
+    study : optuna.Study
+        From :func:`pxp.tune`.
+    space : callable, optional
+        The space that the study was made with, if it was a function.
+    trial : int, optional
+        Another trial than the best one; a study with several objectives needs it.
+
+    Returns
+    -------
+    (criterion, dict)
+
+    Raises
+    ------
+    ValueError
+        A study with several objectives and no ``trial``; no such trial; no trial that came to an end.
+    """
+    import optuna
+
+    if trial is None and len(study.directions) > 1:
+        numbers = ", ".join(str(t.number) for t in study.best_trials)
+        raise ValueError(f"with several objectives there is no single winner; give trial=, one of {numbers}")
+    by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
+    if trial is not None and trial not in by_number:
+        raise ValueError(f"the study has no trial {trial}")
+    params = study.best_params if trial is None else by_number[trial].params
+    criterion, options = as_criterion(params if space is None else space(optuna.trial.FixedTrial(params)))
+    return criterion, {**study.user_attrs.get("pxp", {}).get("selection", {}), **options}
+
+
+def tuned_curve(
+    study: optuna.Study,
+    model: nn.Module,
+    refs: Data | Sequence[tuple[Tensor, Tensor]],
+    units: Components,
+    data: Data,
+    *,
+    space: Callable | None = None,
+    trial: int | None = None,
+    batch_size: int = 100,
+    progress: bool = True,
+) -> Curve:
+    """The winner's pruning curve on images that tuning has not seen.
+
+    Parameters
+    ----------
+    study, space, trial
+        As for :func:`pxp.winner`.
+    model, units
+        As for :func:`pxp.attribute`.
+    refs : (images, labels) or a list of them
+        Several give the curve its interval.
+    data : (images, labels), Dataset or DataLoader
+        The images to report on.
+
+    Returns
+    -------
+    Curve
+        At the study's rates and classes.
+
+    Raises
+    ------
+    ValueError
+        More than 1 % of the images of ``data`` are tuning images; as :func:`pxp.winner`.
+    """
+    about = study.user_attrs.get("pxp")
+    if about is None:
+        raise ValueError("this is no study made by pxp.tune")
+    images = whole(data)
+    marks = fingerprints(images[0])
+    shared = sum(mark in set(about["images"]) for mark in marks)
+    if shared > SHARED * len(marks):
+        raise ValueError(
+            f"{shared} of these {len(marks)} images were used for tuning; a curve on them would report what was "
+            "optimised. Use images that tuning has not seen, such as data.eval"
+        )
+    criterion, options = winner(study, space=space, trial=trial)
+    several: list[Any] = refs if isinstance(refs, list) else [refs]
+    scores = [attribute(model, each, units, criterion, progress=progress) for each in several]
+    return pruning_curve(
+        model, scores, images, rates=about["rates"], classes=about["classes"], batch_size=batch_size,
+        progress=progress, **options,
+    )  # fmt: skip
+
+
+def _reports(curve: Sequence[float]) -> dict[int, float]:
+    """What a trial with this curve reports while it grows: step → mean so far."""
+    return {step: sum(curve[: step + 1]) / (step + 1) for step in range(len(curve))}
+
+
+def fingerprints(images: Tensor) -> list[str]:
+    """A short hash of every image, to see whether two sets share some."""
+    rows = images.detach().to("cpu", torch.float32).contiguous().numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest() for row in rows]
+
+
+def save_study(study: optuna.Study, path: str | Path) -> None:
+    """Write a study as JSON: small, readable, and without what depends on the machine: times, workers, storage.
+
+    Parameters
+    ----------
+    study : optuna.Study
+    path : path
+    """
+    from optuna.distributions import distribution_to_json
+
+    distributions: dict[str, Any] = {}
+    trials = []
+    for trial in study.get_trials(deepcopy=False):
+        if not trial.state.is_finished():
+            continue
+        distributions |= {name: json.loads(distribution_to_json(d)) for name, d in trial.distributions.items()}
+        attrs = {name: value for name, value in trial.user_attrs.items() if name not in ("seconds", "worker")}
+        trials.append({"state": trial.state.name, "params": trial.params, "values": trial.values, "attrs": attrs})
+    content = {
+        "name": study.study_name,
+        "directions": [direction.name.lower() for direction in study.directions],
+        "attrs": study.user_attrs,
+        "distributions": distributions,
+    }
+    rows = ",\n".join(json.dumps(trial) for trial in trials)
+    Path(path).write_text(json.dumps(content)[:-1] + f', "trials": [\n{rows}\n]}}\n')
+
+
+def load_study(path: str | Path) -> optuna.Study:
+    """Read what :func:`pxp.save_study` wrote, as a study in memory.
+
+    Parameters
+    ----------
+    path : path or str
+        A file, or the name of a study that ships with the package (``"vgg-grid"``, …).
+
+    Returns
+    -------
+    optuna.Study
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither a file nor a shipped study; the message names those.
+    ValueError
+        Not a file of this kind, or damaged.
+    """
+    import optuna
+    from optuna.distributions import json_to_distribution
+
+    folder = ASSETS / "studies"
+    file = next((p for p in (Path(path), folder / f"{path}.json") if p.is_file()), None)
+    if file is None:
+        shipped = ", ".join(sorted(repr(p.stem) for p in folder.glob("*.json")))
+        raise FileNotFoundError(f"no file {path} and no shipped study of this name; shipped: {shipped}")
+    try:
+        content = json.loads(file.read_text())
+        known = {name: json_to_distribution(json.dumps(each)) for name, each in content["distributions"].items()}
+        trials = [
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState[trial["state"]],
+                params=trial["params"],
+                distributions={name: known[name] for name in trial["params"]},
+                values=trial["values"],
+                intermediate_values=_reports(trial["attrs"].get("curve", [])),
+                user_attrs=trial["attrs"],
+            )
+            for trial in content["trials"]
+        ]
+        directions, name, attrs = content["directions"], content["name"], content["attrs"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no study written by pxp, or it is damaged: {error}") from error
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(study_name=name, directions=directions)
+    finally:
+        optuna.logging.set_verbosity(level)
+    for key, value in attrs.items():
+        study.set_user_attr(key, value)
+    study.add_trials(trials)
+    return study
+
+
+def whole(data: Data) -> tuple[Tensor, Tensor]:
+    """All images and labels in memory: every trial reads them again."""
+    parts = list(batches(data, 256))
+    if not parts:
+        raise ValueError("there are no images")
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])

@@ -1,0 +1,405 @@
+"""Tuning: the composite is a hyperparameter, and the area under the pruning curve its objective (Hatefi et al. 2024).
+
+A trial is one setting: attribute the reference samples, rank, prune at growing rates, measure on tuning images. Optuna
+proposes the settings; samplers, pruners, storages and studies are its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .attribute import Criterion, attribute
+from .components import Components
+from .composites import LRP
+from .criteria import Taylor
+from .evaluate import RATES, masked_accuracy
+from .prune import Mask, Scores
+from .space import SearchSpace, as_criterion, search_space
+from .studies import SHARED, fingerprints, whole
+
+if TYPE_CHECKING:
+    import optuna
+
+Data = tuple[Tensor, Tensor] | DataLoader | Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a trial is worth: ``"a_pr"``, or a quantity and a level, such as ``"accuracy@0.5"``."""
+
+    quantity: str
+    level: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Objective:
+        quantity, _, level = text.partition("@")
+        try:
+            found = cls(quantity, float(level) if level else 0.0)
+        except ValueError:
+            found = cls("", -1)
+        levelled = quantity in ("accuracy", "flops", "parameters")
+        if not (quantity == "a_pr" and not level) and not (levelled and level and 0 <= found.level <= 1):
+            raise ValueError(
+                f"unknown objective {text!r}; allowed: 'a_pr'; 'accuracy@RATE', the accuracy at one pruning rate; "
+                "'flops@SHARE' and 'parameters@SHARE', what the highest rate saves that keeps this share of accuracy"
+            )
+        return found
+
+    def rates(self, rates: Sequence[float]) -> tuple[float, ...]:
+        """The pruning rates that have to be measured."""
+        return (self.level,) if self.quantity == "accuracy" else tuple(rates)
+
+    def value(self, curve: Mapping[float, float], masks: Mapping[float, Mask], rates: Sequence[float]) -> float:
+        if self.quantity == "a_pr":
+            return sum(curve[rate] for rate in rates) / len(rates)
+        if self.quantity == "accuracy":
+            return curve[self.level]
+        kept = [rate for rate in rates if curve[rate] >= self.level * curve[min(rates)]]
+        mask = masks[max(kept)]
+        prices = {name: getattr(layer, self.quantity) for name, layer in mask.units.items()}
+        saved = sum(prices[name] * int((~keep).sum()) for name, keep in mask.items())
+        return saved / sum(price * mask.units[name].size for name, price in prices.items())
+
+
+class _NoRanking(Exception):
+    """The scores of a trial rank nothing; the reason is the trial's user attribute."""
+
+
+class _Trials:
+    """The function that Optuna optimises: one call is one trial."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        refs: tuple[Tensor, Tensor],
+        units: Components,
+        data: tuple[Tensor, Tensor],
+        space: Callable[[optuna.Trial], Any],
+        objectives: Sequence[Objective],
+        rates: Sequence[float],
+        fixed: Mapping[str, Any],
+        classes: Sequence[int] | None,
+        batch_size: int,
+    ) -> None:
+        self.model, self.refs, self.units, self.data, self.space = model, refs, units, data, space
+        self.objectives, self.rates, self.fixed = list(objectives), tuple(rates), dict(fixed)
+        self.classes, self.batch_size = classes, batch_size
+        self.measured = sorted({rate for objective in objectives for rate in objective.rates(rates)})
+        self._scores: dict[str, Scores] = {}
+        self._accuracies: dict[bytes, float] = {}
+
+    def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
+        import optuna
+
+        criterion, options = as_criterion(self.space(trial))
+        options = {**self.fixed, **options}
+        setting = repr((criterion, sorted(options.items())))
+        trial.set_user_attr("setting", setting)
+        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+        twin = self._twin(trial, setting)
+        if twin is not None:
+            return self._repeat(trial, twin)
+        started = time.perf_counter()
+        try:
+            scores = self.scores(criterion)
+            if torch.cat(list(scores.values())).unique().numel() == 1:
+                raise ValueError("all scores are equal, so they rank nothing")
+        except ValueError as problem:
+            trial.set_user_attr("reason", str(problem))
+            raise _NoRanking(str(problem)) from problem
+        masks = {rate: scores.select(rate, **options) for rate in self.measured}
+        attributed = time.perf_counter()
+        curve: dict[float, float] = {}
+        try:
+            for step, rate in enumerate(self.measured):
+                curve[rate] = self.accuracy(masks[rate])
+                if len(self.objectives) == 1 and self.objectives[0].quantity == "a_pr":
+                    trial.report(sum(curve.values()) / len(curve), step)
+                    if trial.should_prune():
+                        raise optuna.TrialPruned()
+        finally:
+            seconds = {"attribution": attributed - started, "sweep": time.perf_counter() - attributed}
+            trial.set_user_attr("seconds", {part: round(value, 3) for part, value in seconds.items()})
+            trial.set_user_attr("curve", list(curve.values()))
+        values = tuple(objective.value(curve, masks, self.rates) for objective in self.objectives)
+        return values[0] if len(values) == 1 else values
+
+    def _twin(self, trial: optuna.Trial, setting: str) -> optuna.trial.FrozenTrial | None:
+        """An earlier trial of the same setting that came to an end."""
+        from optuna.trial import TrialState
+
+        ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        for other in trial.study.get_trials(deepcopy=False, states=ended):
+            known = other.state != TrialState.FAIL or "reason" in other.user_attrs
+            if known and other.number != trial.number and other.user_attrs.get("setting") == setting:
+                return other
+        return None
+
+    @staticmethod
+    def _repeat(trial: optuna.Trial, twin: optuna.trial.FrozenTrial) -> float | tuple[float, ...]:
+        import optuna
+        from optuna.trial import TrialState
+
+        trial.set_user_attr("same_as", twin.number)
+        for name in ("curve", "reason"):
+            if name in twin.user_attrs:
+                trial.set_user_attr(name, twin.user_attrs[name])
+        if twin.state == TrialState.FAIL:
+            raise _NoRanking(twin.user_attrs["reason"])
+        for step, value in twin.intermediate_values.items():
+            trial.report(value, step)
+        if twin.state == TrialState.PRUNED:
+            raise optuna.TrialPruned()
+        return twin.values[0] if len(twin.values) == 1 else tuple(twin.values)
+
+    def scores(self, criterion: Criterion) -> Scores:
+        """Attribute once per criterion; absolute and signed scores come from the same pass."""
+        signed = isinstance(criterion, LRP | Taylor) and criterion.absolute == "never"
+        both = dataclasses.replace(criterion, absolute="token") if signed else criterion
+        key = repr(both)
+        if key not in self._scores:
+            self._scores[key] = attribute(self.model, self.refs, self.units, both, progress=False)
+        found = self._scores[key]
+        if not signed:
+            return found
+        return Scores(self.units, found.signed, found.signed, criterion=repr(criterion), samples=found.samples)
+
+    def accuracy(self, mask: Mask) -> float:
+        """Measure every mask once: trials share the unpruned network, and sometimes more."""
+        key = torch.cat(list(mask.values())).numpy().tobytes()
+        if key not in self._accuracies:
+            self._accuracies[key] = masked_accuracy(
+                self.model, mask, self.data, classes=self.classes, batch_size=self.batch_size
+            )
+        return self._accuracies[key]
+
+
+def tune(
+    model: nn.Module,
+    refs: Data,
+    units: Components,
+    tune_data: Data,
+    n_trials: int | None = 100,
+    *,
+    space: str | Mapping[str, Any] | Callable[[optuna.Trial], Any] = "paper",
+    objective: str | Sequence[str] = "a_pr",
+    rates: Sequence[float] = RATES,
+    classes: Sequence[int] | None = None,
+    min_keep: int = 0,
+    scope: str = "global",
+    sampler: str | optuna.samplers.BaseSampler | None = None,
+    pruner: optuna.pruners.BasePruner | None = None,
+    storage: str | optuna.storages.BaseStorage | None = None,
+    study_name: str | None = None,
+    seed: int | None = 0,
+    n_jobs: int = 1,
+    timeout: float | None = None,
+    batch_size: int = 100,
+    progress: bool = True,
+) -> optuna.Study:
+    """Search the criterion whose ranking prunes best; ``pxp.LRP(**study.best_params)`` is the winner.
+
+    A setting that was tried before, by any worker, is not evaluated again: its trial gets the known values (user
+    attribute ``same_as``). Nor is an attribution or a mask. A setting that gives no ranking (NaN, infinite or all equal
+    scores) fails alone, with the reason in its user attributes.
+
+    Parameters
+    ----------
+    model, refs, units
+        As for :func:`pxp.attribute`.
+    tune_data : (images, labels), Dataset or DataLoader
+        The images that the objective is measured on. Never report on them: :func:`pxp.tuned_curve` refuses to.
+    n_trials : int or None, default 100
+        Trials of the whole study, over all workers and earlier calls; None: no limit but ``timeout`` or the grid's end.
+    space : {"paper", "extended"}, mapping, SearchSpace or callable
+        See :func:`pxp.search_space`; a mapping as for :class:`pxp.space.SearchSpace`; or a function that takes an
+        ``optuna.Trial`` and returns such a setting, any criterion, or (criterion, options of ``select``).
+    objective : str or sequence of str
+        ``"a_pr"``; ``"accuracy@0.5"``, the accuracy at one rate; ``"flops@0.95"`` or ``"parameters@0.95"``, the share
+        of the components' cost that the highest rate saves which keeps 95 % of the accuracy. Several are maximised
+        together and give a Pareto front, ``study.best_trials``.
+    rates : sequence of float
+        Pruning rates of a trial's curve; default the paper's 20.
+    classes, batch_size
+        As for :func:`pxp.pruning_curve`.
+    min_keep, scope
+        As for :meth:`pxp.Scores.select`, in every trial whose setting does not say otherwise.
+    sampler : {"tpe", "gp", "random", "grid"} or Optuna sampler, optional
+        ``"tpe"`` (the default); ``"gp"``, a Gaussian process as in the paper; ``"grid"``, every setting of a finite
+        space once.
+    pruner : Optuna pruner, optional
+        Stops hopeless trials by the growing curve's mean; default none. Single objective ``"a_pr"`` only.
+    storage : str or Optuna storage, optional
+        Default in memory. A path that ends in ``.journal``, for several processes on one machine; or any database URL
+        of Optuna's: ``sqlite:///study.db``, ``postgresql+psycopg://…`` for many machines. In a database a worker's
+        heartbeat shows that it lives, and the trial of a killed one is tried again.
+    study_name : str, optional
+        With ``storage``: the study to join or to go on with.
+    seed : int or None, default 0
+        With one worker the study is repeatable to the last bit. Workers that start together need different ones, or
+        None.
+    n_jobs : int, default 1
+        Threads. Processes are faster: start several with the same storage.
+    timeout : float, optional
+        Seconds.
+    progress : bool, default True
+        Show a bar when it takes longer than five seconds.
+
+    Returns
+    -------
+    optuna.Study
+        Every trial has the user attributes ``curve``, ``setting``, ``seconds`` and ``worker``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`pxp.attribute`; unknown space, sampler or objective; a wrong name or value in the space; references
+        that are also tuning images; a stored study of other images, objective or rates.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    objectives = [Objective.parse(text) for text in ([objective] if isinstance(objective, str) else objective)]
+    if not objectives or not rates:
+        raise ValueError("tuning needs at least one objective and one rate")
+    if isinstance(space, str):
+        space = search_space(model, space)
+    elif isinstance(space, Mapping) and not isinstance(space, SearchSpace):
+        space = SearchSpace(space)
+    images = whole(tune_data)
+    references = whole(refs)
+    marks = fingerprints(images[0])
+    shared = len(set(fingerprints(references[0])) & set(marks))
+    if shared > SHARED * len(marks):
+        raise ValueError(f"{shared} reference images are also tuning images; draw the two from different splits")
+    about = {
+        "objective": [objective] if isinstance(objective, str) else list(objective),
+        "rates": list(rates),
+        "classes": None if classes is None else list(classes),
+        "units": units.describe(),
+        "selection": {"min_keep": min_keep, "scope": scope},
+        "images": sorted(marks),
+    }
+    fixed = {"min_keep": min_keep, "scope": scope}
+    run = _Trials(model, references, units, images, space, objectives, rates, fixed, classes, batch_size)
+    # what is wrong with the arguments is an error here, not in every trial
+    attribute(model, (references[0][:1], references[1][:1]), units, LRP(), progress=False)
+    everything = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
+    run.accuracy(Mask(units, everything))
+
+    with _quiet():
+        study = optuna.create_study(
+            storage=open_storage(storage),
+            study_name=study_name,
+            load_if_exists=study_name is not None,
+            pruner=pruner or optuna.pruners.NopPruner(),
+            directions=["maximize"] * len(objectives),
+        )
+        known = study.user_attrs.get("pxp")
+        if known is None:
+            study.set_user_attr("pxp", about)
+        elif known != about:
+            differ = [name for name in about if known.get(name) != about[name]]
+            raise ValueError(
+                f"study {study.study_name!r} exists with other {', '.join(differ)}; use another study_name"
+            )
+        study.sampler = _sampler(sampler, space, seed, len(study.get_trials(deepcopy=False)))
+
+        def ended() -> int:
+            trials = study.get_trials(deepcopy=False)
+            done = (TrialState.COMPLETE, TrialState.PRUNED)
+            return sum(t.state in done or (t.state == TrialState.FAIL and "reason" in t.user_attrs) for t in trials)
+
+        bar = tqdm(total=n_trials, initial=ended(), desc="tune", delay=5, leave=False, disable=not progress)
+
+        def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            bar.update()
+            if n_trials is not None and ended() >= n_trials:
+                study.stop()
+
+        with bar:
+            left = None if n_trials is None else max(0, n_trials - ended())
+            if left != 0:
+                study.optimize(
+                    run, n_trials=left, timeout=timeout, n_jobs=n_jobs, catch=(_NoRanking,), callbacks=[after]
+                )
+    return study
+
+
+def open_storage(storage: str | optuna.storages.BaseStorage | None) -> optuna.storages.BaseStorage | None:
+    """Open a journal file or a database; in a database workers have a heartbeat and lost trials are tried again."""
+    import optuna
+
+    if not isinstance(storage, str):
+        return storage
+    if storage.endswith(".journal"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(storage))
+    from sqlalchemy.exc import DatabaseError
+
+    if "://" not in storage:
+        raise ValueError(
+            f"storage must be a database URL such as 'sqlite:///study.db' or a *.journal file, got {storage!r}"
+        )
+    with _quiet():
+        again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
+        for attempt in range(5):
+            try:
+                return optuna.storages.RDBStorage(storage, heartbeat_interval=30, heartbeat_stale_trial_callback=again)
+            except DatabaseError:  # another worker that starts at the same time is making the tables
+                if attempt == 4:
+                    raise
+                time.sleep(0.5 + random.random())
+    raise AssertionError("unreachable")
+
+
+def _sampler(
+    sampler: str | optuna.samplers.BaseSampler | None, space: Any, seed: int | None, begun: int
+) -> optuna.samplers.BaseSampler:
+    from optuna import samplers
+
+    if isinstance(sampler, samplers.BaseSampler):
+        return sampler
+    if sampler not in (None, "tpe", "gp", "random", "grid"):
+        raise ValueError(f"unknown sampler {sampler!r}; allowed: 'tpe', 'gp', 'random', 'grid', or one of Optuna's")
+    if sampler == "grid":
+        grid = space.grid() if isinstance(space, SearchSpace) else None
+        if grid is None:
+            raise ValueError("a grid needs a space of finitely many values that depend on no other: 'paper' or a dict")
+        return samplers.GridSampler(grid, seed=0)  # all workers must number the settings alike
+    # a worker that joins must not propose again what the first ones did
+    seed = None if seed is None else seed + begun
+    if sampler == "gp":
+        return samplers.GPSampler(seed=seed, deterministic_objective=True, warn_independent_sampling=False)
+    if sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    return samplers.TPESampler(seed=seed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna's messages about every trial, and about parts that it calls experimental, are not the user's concern."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
