@@ -8,13 +8,16 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import pxp
+from pxp.data import IMAGENETTE_CLASSES
 from pxp.models import VGG, SmallResNet
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -228,3 +231,16 @@ def _vgg_once():
 def vgg(_vgg_once):
     """The shipped VGG, a fresh copy for each test."""
     return copy.deepcopy(_vgg_once)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Imagenette's folders with six small random images per class and part."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in IMAGENETTE_CLASSES:
+            folder = tmp_path / "imagenette2-320" / part / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
+    return tmp_path

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import FASHION
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models import VGG16_BN_Weights
 
 import pxp
 from pxp import data as pxp_data
-from pxp.data import ASSETS, FASHION_MNIST_CLASSES, IMAGENETTE_CLASSES, batches, load_dataset, reference_samples
+from pxp.data import ASSETS, FASHION_MNIST_CLASSES, batches, load_dataset, reference_samples
 
 PARTS = {"reference": 100, "tune": 100, "eval": 200}
 
@@ -260,19 +259,6 @@ def test_public_names_exist():
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def photographs(tmp_path):
-    """Imagenette's folders with six small random images per class and part."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in IMAGENETTE_CLASSES:
-            folder = tmp_path / "imagenette2-320" / part / name
-            folder.mkdir(parents=True)
-            for i in range(6):
-                Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
-    return tmp_path
 
 
 def test_imagenette(photographs):

@@ -237,7 +237,9 @@ def test_rules_and_criteria(case):
 def test_zero_params_with_a_rule_object():
     from pxp.rules import make_rule
 
-    with pytest.raises(ValueError, match=r"give zero_params='bias' to the rule itself: Gamma\(\.\.\., zero_params='bias'\)"):
+    with pytest.raises(
+        ValueError, match=r"give zero_params='bias' to the rule itself: Gamma\(\.\.\., zero_params='bias'\)"
+    ):
         make_rule(pxp.Gamma(0.1), "bias")
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 
 import nbformat
 import notebook_execute
 import notebook_lint
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+import pxp
+from pxp.data import IMAGENETTE_CLASSES, ImageData, Photographs
 
 CHAPTERS = notebook_lint.chapters()
 FIGURE = {"mystnb": {"image": {"alt": "A line."}, "figure": {"caption": "It rises.", "name": "fig-test-line"}}}
@@ -34,6 +40,47 @@ def test_figure_names_are_unique_in_the_book():
         if "figure" in cell.metadata.get("mystnb", {})
     ]
     assert len(names) == len(set(names))
+
+
+LOADER = re.compile(r"^def (\w+)\(.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def full_profile_loaders() -> dict[str, tuple[str, str]]:
+    """Chapter → name and source of the function that loads what the full profile works on."""
+    found = {}
+    for path in CHAPTERS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and 'load_dataset("imagenette"' in cell.source:
+                (match,) = [m for m in LOADER.finditer(cell.source) if "imagenette" in m.group()]
+                found[path.stem] = match.group(1), match.group()
+    return found
+
+
+def test_chapters_with_a_full_profile_have_one_loader():
+    with_profile = {path.stem for path in CHAPTERS if "PXP_PROFILE" in path.read_text(encoding="utf8")}
+    assert {"02_lrp_foundations", "04_pixels_to_filters", "05_pruning_cnns"} <= with_profile
+    assert with_profile == set(full_profile_loaders())
+
+
+@pytest.mark.parametrize("chapter", full_profile_loaders())
+def test_the_full_profile_loads_without_a_download(chapter, photographs):
+    """With random weights and a small folder of images; then the first steps that every chapter takes with them."""
+    name, source = full_profile_loaders()[chapter]
+    names = {"pxp": pxp, "torch": torch}
+    exec(source, names)
+    options = {"weights": None, "root": photographs}
+    options |= {"full": True} if "full" in inspect.signature(names[name]).parameters else {}
+    options |= {"per_class": 2} if "per_class" in inspect.signature(names[name]).parameters else {}
+    loaded = names[name](**options)
+    flat = [part for each in loaded for part in (each.values() if isinstance(each, dict) else [each])]
+    model = next(part for part in flat if isinstance(part, torch.nn.Module))
+    units = pxp.find_components(model, "head" if "vit" in source else "filter")
+    data = next((part for part in flat if isinstance(part, ImageData | Photographs)), None)
+    source = data.reference if isinstance(data, ImageData) else data
+    images, labels = pxp.reference_samples(source, 1) if source is not None else loaded[1:3]
+    assert images.shape[1:] == (3, 224, 224) and set(labels.tolist()) == {i for i, _ in IMAGENETTE_CLASSES.values()}
+    scores = pxp.attribute(model, (images[:1], labels[:1]), units, pxp.Activation())
+    assert units.total in (4224, 4800, 144) and scores.samples == 1
 
 
 def good_notebook() -> nbformat.NotebookNode:
