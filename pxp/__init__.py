@@ -6,6 +6,7 @@ The names below follow the data flow: model and reference images â†’ attribute â
 from . import plots
 from .attention import CPLRP, AttnLRP, SoftmaxZPlus
 from .attribute import attribute, heatmap
+from .compact import compact, load_compact, save_compact
 from .components import Components, find_components
 from .composites import LRP, depth_groups
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
@@ -44,10 +45,12 @@ __all__ = [
     "ZPlus",
     "accuracy",
     "attribute",
+    "compact",
     "compare",
     "depth_groups",
     "find_components",
     "heatmap",
+    "load_compact",
     "load_dataset",
     "load_model",
     "load_study",
@@ -56,6 +59,7 @@ __all__ = [
     "plots",
     "pruning_curve",
     "reference_samples",
+    "save_compact",
     "save_study",
     "search_space",
     "tune",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .attention import SUPPORTED, Attention, is_head_layer, unsupported_attention
 from .replica import CONVOLUTIONS, Trace, replica, trace
 
+T = TypeVar("T")
 KINDS = {
     "filter": "output channel of a convolution",
     "neuron": "hidden unit: output of a linear layer that feeds an activation",
@@ -217,13 +219,28 @@ def find_components(
 
 def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
     """Trace ``model`` on ``example``, or on zeros of the first usual shape that it accepts."""
+    return _first_that_works(model, example, lambda images: trace(model, images))
+
+
+def example_input(model: nn.Module, example: Tensor | None = None) -> Tensor:
+    """One input of a shape that ``model`` accepts: zeros, or the first of ``example``."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        replica(model)(images)
+        return images
+
+    return _first_that_works(model, example, run)
+
+
+def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[Tensor], T]) -> T:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     replica(model)  # what cannot be copied is an error of its own
     if example is not None:
         try:
-            return trace(model, example[:1].to(reference))
+            return use(example[:1].to(reference))
         except (RuntimeError, ValueError) as problem:
             shape = tuple(example.shape)
             raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
@@ -231,7 +248,7 @@ def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
     error: Exception | None = None
     for shape in candidates:
         try:
-            return trace(model, torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
+            return use(torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
         except (RuntimeError, ValueError, AssertionError) as problem:
             error = problem
     raise ValueError(

@@ -100,7 +100,8 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
     Parameters
     ----------
     name : str
-        ``"vgg"`` or ``"resnet"``: trained on Fashion-MNIST and shipped with the package (float32 after loading).
+        ``"vgg"``, ``"resnet"`` or ``"vit"``: trained on Fashion-MNIST and shipped with the package (float32 once
+        loaded).
         ``"torchvision/<model>"`` or ``"timm/<model>"``: that library's model.
     weights : str, optional
         Only for the libraries' models: torchvision's weights name (``"DEFAULT"``), or ``"pretrained"`` for timm.
@@ -120,6 +121,12 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
     FileNotFoundError
         The checkpoint or its card is missing.
     """
+    model = _load(name, weights, folder).eval()
+    model.pxp_name = name  # type: ignore[assignment]  # so that a compacted copy can be written and made again
+    return model
+
+
+def _load(name: str, weights: str | None, folder: str | Path | None) -> nn.Module:
     if name in SHIPPED:
         if weights is not None:
             raise ValueError(f"{name!r} is shipped with its own weights; weights={weights!r} has no meaning here")
@@ -128,16 +135,16 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
         model = SHIPPED[name]()
         state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
         model.load_state_dict(state)
-        return model.eval()
+        return model
     library, _, rest = name.partition("/")
     if library == "torchvision" and rest:
         import torchvision
 
-        return torchvision.models.get_model(rest, weights=weights).eval()
+        return torchvision.models.get_model(rest, weights=weights)
     if library == "timm" and rest:
         import timm
 
-        return timm.create_model(rest, pretrained=weights is not None).eval()
+        return timm.create_model(rest, pretrained=weights is not None)
     raise ValueError(
         f"unknown model {name!r}; shipped: {', '.join(map(repr, SHIPPED))}; "
         "or 'torchvision/<name>' or 'timm/<name>'. Your own nn.Module needs no loading: pass it to pxp as it is"

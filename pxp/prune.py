@@ -82,7 +82,7 @@ class Mask(_ByLayer):
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        _save(path, "mask", self.units, {"kept": self})
+        save_tensors(path, "mask", self.units, {"kept": self})
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -93,7 +93,7 @@ class Mask(_ByLayer):
         ValueError
             Not a file of this kind, or damaged.
         """
-        units, tensors, _ = _load(path, "mask")
+        units, tensors, _ = load_tensors(path, "mask")
         return cls(units, tensors["kept"])
 
     def __repr__(self) -> str:
@@ -238,7 +238,7 @@ class Scores(_ByLayer):
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
         extra = {"criterion": self.criterion, "samples": self.samples}
-        _save(path, "scores", self.units, {"magnitude": self, "signed": self.signed}, extra)
+        save_tensors(path, "scores", self.units, {"magnitude": self, "signed": self.signed}, extra)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -249,7 +249,7 @@ class Scores(_ByLayer):
         ValueError
             Not a file of this kind, or damaged.
         """
-        units, tensors, extra = _load(path, "scores")
+        units, tensors, extra = load_tensors(path, "scores")
         return cls(units, tensors["magnitude"], tensors["signed"], **extra)
 
     def __repr__(self) -> str:
@@ -331,17 +331,18 @@ def _silence(pruned: Tensor, filters: bool):
     return hook
 
 
-_GROUPS = {"mask": {"kept"}, "scores": {"magnitude", "signed"}}
-_EXTRA = {"mask": set(), "scores": {"criterion", "samples"}}
+_GROUPS = {"mask": {"kept"}, "scores": {"magnitude", "signed"}, "compact": {"kept", "state"}}
+_EXTRA = {"mask": set(), "scores": {"criterion", "samples"}, "compact": {"model", "example"}}
 
 
-def _save(
+def save_tensors(
     path: str | Path,
     what: str,
     units: Components,
     groups: Mapping[str, Mapping[str, Tensor]],
     extra: dict | None = None,
 ) -> None:
+    """Write named groups of tensors about some components as safetensors."""
     tensors = {
         f"{group}/{name}": tensor.contiguous().clone()
         for group, by_layer in groups.items()
@@ -352,7 +353,8 @@ def _save(
     save_file(tensors, path, metadata={"pxp": json.dumps(header)})
 
 
-def _load(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, Tensor]], dict]:
+def load_tensors(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, Tensor]], dict]:
+    """Read what :func:`save_tensors` wrote: components, group → name → tensor, and the rest."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:

@@ -332,7 +332,8 @@ def tune(
 
         with bar:
             left = None if n_trials is None else max(0, n_trials - ended())
-            if left != 0:
+            done = isinstance(study.sampler, optuna.samplers.GridSampler) and study.sampler.is_exhausted(study)
+            if left != 0 and not done:
                 study.optimize(
                     run, n_trials=left, timeout=timeout, n_jobs=n_jobs, catch=(_NoRanking,), callbacks=[after]
                 )

@@ -1,0 +1,88 @@
+"""The small layers that a compacted network needs between its own: they move, add and fill in channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Expand(nn.Module):
+    """Give back all channels: the live ones at their places, constants elsewhere."""
+
+    live: Tensor
+    rest: Tensor
+
+    def __init__(self, live: Tensor, rest: Tensor, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("live", live)
+        self.register_buffer("rest", rest)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = self.rest.view(-1, *[1] * (x.ndim - 1 - self.dim))
+        whole = rest.expand(*x.shape[: self.dim], *rest.shape[:1], *x.shape[self.dim + 1 :])
+        return whole.index_copy(self.dim, self.live, x)
+
+
+class Constant(nn.Module):
+    """A tensor of which every channel is constant; takes only the batch size from its argument."""
+
+    rest: Tensor
+
+    def __init__(self, rest: Tensor, shape: torch.Size, dim: int) -> None:
+        super().__init__()
+        view = [1] * len(shape)
+        view[dim] = -1
+        self.register_buffer("rest", rest.view(view))
+        self.shape = tuple(shape[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest.expand(x.shape[0], *self.shape)
+
+
+class Select(nn.Module):
+    """Some of the channels."""
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.dim, self.index)
+
+
+class Join(nn.Module):
+    """The sum of two tensors that hold different channels of the same whole."""
+
+    first: Tensor | None
+    second: Tensor
+
+    def __init__(self, first: Tensor, second: Tensor, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("first", None if len(first) == size else first)
+        self.register_buffer("second", second)
+        self.size, self.dim = size, dim
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.first is not None:
+            whole = x.new_zeros(*x.shape[: self.dim], self.size, *x.shape[self.dim + 1 :])
+            x = whole.index_copy(self.dim, self.first, x)
+        return x.index_add(self.dim, self.second, y)
+
+
+class Affine(nn.Module):
+    """A factor and a summand per channel."""
+
+    def __init__(self, scale: Tensor | None, shift: Tensor | None, dim: int) -> None:
+        super().__init__()
+        self.scale = None if scale is None else nn.Parameter(scale)
+        self.shift = None if shift is None else nn.Parameter(shift)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        view = (-1, *[1] * (x.ndim - 1 - self.dim))
+        x = x if self.scale is None else x * self.scale.view(view)
+        return x if self.shift is None else x + self.shift.view(view)

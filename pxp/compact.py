@@ -1,0 +1,162 @@
+"""Compaction: from a mask to a network that really is smaller and computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from .components import example_input
+from .follow import Compactor, Tracer
+from .models import load_model
+from .prune import Mask, load_tensors, masked, save_tensors
+from .replica import evaluating, fold_batch_norm, replica
+
+
+def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> fx.GraphModule:
+    """Build the network that is physically smaller and gives the masked model's outputs.
+
+    Filters, neurons, MLP outputs and heads, of one kind or jointly, on any model that ``torch.fx`` can trace:
+    torchvision's and timm's CNNs (residual, grouped, depthwise, squeeze-and-excitation) and vision transformers. A
+    residual branch computes only its kept channels and adds them at their places; a branch of which nothing is kept is
+    gone; grouped convolutions lose whole groups. BatchNorm is merged into its convolution.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is; the result shares no memory with it.
+    mask : Mask
+        What to keep.
+    example : Tensor, optional
+        One batch of inputs; default found as by :func:`pxp.find_components`.
+
+    Returns
+    -------
+    torch.fx.GraphModule
+        An ordinary module in evaluation mode whose layers have the names that they had. It can be trained, saved with
+        :func:`pxp.save_compact`, compiled and exported.
+
+    Raises
+    ------
+    ValueError
+        A mask of another model; a model that cannot be traced or a module that cannot be cut (it is named); a model
+        that carries forward hooks, such as those of :func:`pxp.masked`.
+
+    Examples
+    --------
+    >>> small = pxp.compact(model, scores.select(0.3))  # doctest: +SKIP
+    """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
+    mask.units.check(model)
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{name!r} carries forward hooks, which a smaller network cannot keep; remove them first")
+    images = example_input(model, example)
+    twin = replica(model)
+    fold_batch_norm(twin, mask.units.trace)
+    for name, kept in mask.items():
+        if mask.units[name].kind == "head" and not bool(kept.all()):
+            _check_attention(name, twin.get_submodule(name))
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            graph = Tracer().trace(twin)
+            ShapeProp(fx.GraphModule(twin, graph)).propagate(images)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be traced, so it cannot be made smaller: {error}"
+            ) from error
+        small = Compactor(twin, graph, mask).run().eval()
+        for module in small.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.detach().clone())
+        _check_equal(model, mask, small, images)
+    small.meta["pxp"] = {"mask": mask, "model": getattr(model, "pxp_name", None), "example": list(images.shape)}
+    return small
+
+
+def _check_equal(model: nn.Module, mask: Mask, small: nn.Module, images: Tensor) -> None:
+    """Compare with the masked model once: a structure that was misread must not go unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(images.shape, generator=generator).to(images)
+    with masked(model, mask), evaluating(model):
+        expected = model(images)
+    found = small(images)
+    tolerance = 1e-2 if images.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    if float((found - expected).abs().max()) > tolerance * max(1e-6, float(expected.abs().max())):
+        raise ValueError(f"{type(model).__name__} has a structure that compaction does not understand")
+
+
+def _check_attention(name: str, attention: nn.Module) -> None:
+    reason = ""
+    if getattr(attention, "_groups", 1) > 1:
+        reason = "its heads share keys and values"
+    elif not isinstance(getattr(attention, "norm", None), nn.Identity | None):
+        reason = "it normalises over all of its heads"
+    if reason:
+        raise ValueError(f"single heads of {name!r} cannot be taken out: {reason}")
+
+
+def save_compact(small: nn.Module, path: str | Path) -> None:
+    """Write a compacted network as safetensors: its weights, the mask, and which network it was made of.
+
+    Parameters
+    ----------
+    small : nn.Module
+        From :func:`compact`, perhaps trained since.
+    path : path
+
+    Raises
+    ------
+    ValueError
+        Not made by :func:`compact`.
+    """
+    about = getattr(small, "meta", {}).get("pxp")
+    if about is None:
+        raise ValueError("only what pxp.compact made can be written; save the state_dict of other modules")
+    mask: Mask = about["mask"]
+    extra = {"model": about["model"], "example": about["example"]}
+    save_tensors(path, "compact", mask.units, {"kept": mask, "state": small.state_dict()}, extra)
+
+
+def load_compact(path: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
+    """Read what :func:`save_compact` wrote; nothing is unpickled.
+
+    Parameters
+    ----------
+    path : path
+    model : nn.Module, optional
+        A network of the original architecture; only its structure matters. Default: made by :func:`pxp.load_model`,
+        if the original was.
+
+    Returns
+    -------
+    torch.fx.GraphModule
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not a file of this kind, or damaged; weights that do not fit ``model``; no ``model`` for a network of your own.
+    """
+    units, tensors, extra = load_tensors(path, "compact")
+    if model is None:
+        if extra["model"] is None:
+            raise ValueError(
+                f"{path} was made of a network that pxp.load_model does not make; pass model=<one like it>"
+            )
+        model = load_model(extra["model"])
+    state = tensors["state"]
+    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+    small = compact(model.to(dtype), Mask(units, tensors["kept"]), example=torch.zeros(extra["example"]))
+    try:
+        small.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this network: {error}") from error
+    return small

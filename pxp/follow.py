@@ -1,0 +1,570 @@
+"""How compaction follows every tensor through a traced network; :func:`pxp.compact` is the way in.
+
+Each tensor has *live* channels and, for every other channel, the constant that it has everywhere (zero where it was
+pruned). A layer then computes its kept outputs from its live inputs; what the constants contribute moves into its bias.
+Where two tensors with different live channels are added, as on a residual stream, the smaller one is added at its
+places. What is not known gets the whole tensor, so the result is always exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .attention import Attention
+from .channels import Affine, Constant, Expand, Join, Select
+from .prune import Mask
+from .replica import BATCH_NORMS, CONVOLUTIONS, is_activation
+
+MIXES_CHANNELS = (nn.GLU, nn.Softmax2d, nn.Softmin, nn.PReLU)
+IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
+POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+ELEMENTWISE = (
+    F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, torch.relu, torch.sigmoid, F.sigmoid,
+    torch.tanh, F.tanh, F.dropout,
+)  # fmt: skip
+
+
+@dataclass
+class _Flow:
+    """A tensor of the new graph and what is known of it.
+
+    Attributes
+    ----------
+    node : fx.Node or None
+        Its live channels; None if there are none.
+    dim : int
+        The channel dimension.
+    live : Tensor
+        int64, increasing: which channels of the original tensor these are.
+    rest : Tensor
+        (channels,): the constant that every other channel has; 0 at the live ones.
+    zero : Tensor
+        bool, (channels,): which constants are 0 whatever the weights are; decides the structure of the new network.
+    shape : torch.Size
+        Of the original tensor, for one sample.
+    """
+
+    node: fx.Node | None
+    dim: int
+    live: Tensor
+    rest: Tensor
+    zero: Tensor
+    shape: torch.Size
+
+    @property
+    def whole(self) -> bool:
+        return len(self.live) == len(self.rest)
+
+    def constants(self) -> Tensor:
+        """Which channels are constant and not known to be zero."""
+        return (~self.zero).index_fill(0, self.live, False)
+
+
+class Tracer(fx.Tracer):
+    """Stops at what the algorithm treats as one operation."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, Attention) or is_activation(m) or type(m).__name__ in (*IDENTITIES, "LayerScale")
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+class Compactor:
+    """Walks through the old graph and writes the new one."""
+
+    def __init__(self, twin: nn.Module, graph: fx.Graph, mask: Mask) -> None:
+        self.twin, self.old, self.mask = twin, graph, mask
+        self.modules = dict(twin.named_modules())
+        self.new = fx.Graph()
+        self.root: dict[str, Any] = {}
+        self.input: fx.Node | None = None
+        self.flows: dict[fx.Node, Any] = {}
+        self.readers: dict[fx.Node, int] = {}  # new node → how many old nodes read what it stands for
+        self.device = next((p.device for p in twin.parameters()), torch.device("cpu"))
+        self.sites: dict[str, list[str]] = {}
+        for name, kept in mask.items():
+            layer = mask.units[name]
+            if layer.kind != "head" and not bool(kept.all()):
+                for site in layer.site:
+                    # where BatchNorm was merged, an identity or what timm's BatchNorm held stands at the site
+                    while isinstance(self.modules[site], nn.Sequential):
+                        site = f"{site}.{list(self.modules[site]._modules)[-1]}"
+                    self.sites.setdefault(site, []).append(name)
+
+    def run(self) -> fx.GraphModule:
+        for node in self.old.nodes:
+            self.flows[node] = self._node(node)
+        made = fx.GraphModule(self.root, self.new, class_name=type(self.twin).__name__)
+        made.graph.eliminate_dead_code()
+        made.graph.lint()
+        made.delete_all_unused_submodules()
+        made.recompile()
+        return made
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def call(self, name: str, module: nn.Module, *arguments: Any) -> fx.Node:
+        """Add a module to the new network, under its old name if that is free, and call it."""
+        free, number = name, 1
+        while free in self.root:
+            number += 1
+            free = f"{name}_{number}"
+        self.root[free] = module
+        return self.new.call_module(free, arguments)
+
+    def full(self, node: fx.Node, old: fx.Node, dim: int) -> _Flow:
+        shape = _shape(old)
+        rest = torch.zeros(shape[dim], dtype=_dtype(old), device=self.device)
+        return _Flow(node, dim, torch.arange(shape[dim], device=self.device), rest, rest == 0, shape)
+
+    def value(self, given: Any) -> Any:
+        """The whole tensor behind an argument."""
+        if not isinstance(given, _Flow):
+            return given
+        if given.node is None:
+            module: nn.Module = Constant(given.rest, given.shape, given.dim)
+            given.node = self.call("constant", module, self.input)
+        elif not given.whole:
+            given.node = self.call("expand", Expand(given.live, given.rest, given.dim), given.node)
+        given.live, given.rest = torch.arange(len(given.rest), device=given.live.device), torch.zeros_like(given.rest)
+        given.zero = given.rest == 0
+        return given.node
+
+    def shaped(self, flow: _Flow, live: Tensor) -> fx.Node | None:
+        """A flow's value with exactly the channels ``live``, which contain all of its own live ones."""
+        if len(live) == len(flow.live):
+            return flow.node
+        if flow.node is None:
+            whole = self.value(flow)
+            return self.call("select", Select(live, flow.dim), whole)
+        where = torch.searchsorted(live, flow.live)
+        return self.call("expand", Expand(where, flow.rest[live], flow.dim), flow.node)
+
+    def narrow(self, flow: _Flow, keep: Tensor) -> _Flow:
+        """Only the channels ``keep`` (a bool over all channels) stay live; the others become constant 0."""
+        inside = keep[flow.live]
+        rest, zero = torch.where(keep, flow.rest, 0), flow.zero | ~keep
+        if bool(inside.all()):
+            return _Flow(flow.node, flow.dim, flow.live, rest, zero, flow.shape)
+        live = flow.live[inside]
+        if not len(live):
+            return _Flow(None, flow.dim, live, rest, zero, flow.shape)
+        assert flow.node is not None
+        if self._cut(flow.node, inside):
+            return _Flow(flow.node, flow.dim, live, rest, zero, flow.shape)
+        groups = self._cut_groups(flow.node, inside)
+        if groups is not None:
+            return _Flow(flow.node, flow.dim, flow.live[groups], rest, zero, flow.shape)
+        index = inside.nonzero().flatten()
+        return _Flow(self.call("select", Select(index, flow.dim), flow.node), flow.dim, live, rest, zero, flow.shape)
+
+    def _cut(self, node: fx.Node, inside: Tensor) -> bool:
+        """Take outputs away from the layer that computes ``node``, if nobody else has read it yet."""
+        if node.users or self.readers.get(node, 1) > 1:
+            return False
+        module = self.root.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1):
+            self.root[str(node.target)] = _layer(module, module.weight[inside], _part(module.bias, inside))
+            return True
+        elementwise = node.target in ELEMENTWISE or (module is not None and _is_elementwise(module))
+        source = node.args[0] if node.args else None
+        if elementwise and isinstance(source, fx.Node) and len(source.users) == 1:
+            del source.users[node]  # for the moment nobody reads it
+            cut = self._cut(source, inside)
+            source.users[node] = None
+            return cut
+        return False
+
+    def _cut_groups(self, node: fx.Node, inside: Tensor) -> Tensor | None:
+        """Zero single outputs of a grouped convolution and take away whole groups; which outputs are left (bool)."""
+        module = self.root.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, CONVOLUTIONS) or module.groups == 1:
+            return None
+        if node.users or self.readers.get(node, 1) > 1:
+            return None
+        each = module.out_channels // module.groups
+        groups = inside.view(-1, each).any(1)
+        outputs = groups.repeat_interleave(each)
+        keep = inside.view(-1, *[1] * (module.weight.ndim - 1))
+        weight, bias = torch.where(keep, module.weight, 0), None
+        if module.bias is not None:
+            bias = torch.where(inside, module.bias, 0)[outputs]
+        self.root[str(node.target)] = _layer(module, weight[outputs], bias, groups=int(groups.sum()))
+        if not bool(groups.all()):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            index = groups.repeat_interleave(module.in_channels // module.groups)
+            del source.users[node]
+            if not self._cut(source, index):
+                source.users[node] = None
+                with self.new.inserting_before(node):
+                    source = self.call("select", Select(index.nonzero().flatten(), 1), source)
+                node.args = (source,)
+            else:
+                source.users[node] = None
+        return outputs
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _node(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            copied = self.new.node_copy(node)
+            self.input = copied if self.input is None else self.input
+            return copied
+        if node.op == "get_attr":
+            found: Any = self.twin
+            for part in str(node.target).split("."):
+                found = getattr(found, part)
+            self.root[str(node.target)] = found
+            return self.new.node_copy(node)
+        arguments, options = self._resolved(node.args), self._resolved(node.kwargs)
+        if node.op == "output":
+            return self.new.output(fx.node.map_aggregate(arguments[0], self.value))
+        if node.op == "call_module":
+            result = self._module(node, self.modules[str(node.target)], arguments, options)
+            for name in self.sites.get(str(node.target), []):
+                result = self.narrow(self._as_flow(result, node), self.mask[name].to(self.device))
+        else:
+            result = self._function(node, arguments, options)
+        if isinstance(result, _Flow) and result.node is not None:
+            self.readers[result.node] = len(node.users)
+        return result
+
+    def _resolved(self, given: Any) -> Any:
+        if isinstance(given, fx.Node):
+            return self.flows[given]
+        if isinstance(given, tuple | list):
+            return type(given)(self._resolved(part) for part in given)
+        if isinstance(given, dict):
+            return {key: self._resolved(part) for key, part in given.items()}
+        return given
+
+    def _as_flow(self, result: Any, node: fx.Node) -> _Flow:
+        if isinstance(result, _Flow):
+            return result
+        last = isinstance(self.modules.get(str(node.target)), nn.Linear)
+        return self.full(result, node, len(_shape(node)) - 1 if last else 1)
+
+    def _whole(self, node: fx.Node, arguments: Any, options: Any) -> fx.Node:
+        """The operation as it is, on whole tensors."""
+        arguments = fx.node.map_aggregate(arguments, self.value)
+        options = fx.node.map_aggregate(options, self.value)
+        if node.op == "call_module":
+            self.root.setdefault(str(node.target), self.modules[str(node.target)])
+        return self.new.create_node(node.op, node.target, arguments, options)
+
+    def _module(self, node: fx.Node, module: Any, arguments: tuple, options: dict) -> Any:
+        name = str(node.target)
+        x = arguments[0] if arguments and not options else None
+        if isinstance(module, Attention):
+            return self._attention(node, name, module, arguments, options)
+        if isinstance(module, CONVOLUTIONS) and x is not None:
+            x = x if isinstance(x, _Flow) and x.dim == 1 else self.full(self.value(x), node.args[0], 1)  # type: ignore[arg-type]
+            return self._grouped(node, name, module, x) if module.groups > 1 else self._linear(node, name, module, x)
+        if isinstance(module, nn.Linear) and x is not None:
+            last = len(_shape(node.args[0])) - 1  # type: ignore[arg-type]
+            x = x if isinstance(x, _Flow) and x.dim == last else self.full(self.value(x), node.args[0], last)  # type: ignore[arg-type]
+            return self._linear(node, name, module, x)
+        if isinstance(x, _Flow):
+            if type(module).__name__ in IDENTITIES:
+                return replace(x)
+            if _is_elementwise(module):
+                return self._elementwise(x, lambda v: self.call(name, module, v), module)
+            if isinstance(module, BATCH_NORMS) and x.dim == 1 and module.running_mean is not None:
+                norm: Any = module
+                scale = torch.rsqrt(norm.running_var + norm.eps)
+                scale = scale if norm.weight is None else scale * norm.weight
+                shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
+                return self._affine(name, x, scale, shift)
+            if type(module).__name__ == "LayerScale" and x.dim == len(x.shape) - 1:
+                return self._affine(name, x, module.gamma, None)
+            if isinstance(module, POOLS) and x.dim == 1:
+                borders = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and module.count_include_pad
+                if not (borders and _padded(module) and bool(x.constants().any())):
+                    moved = None if x.node is None else self.call(name, module, x.node)
+                    return replace(x, node=moved, shape=_shape(node))
+            if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
+                return self._flatten(node, x)
+        return self._whole(node, arguments, options)
+
+    def _function(self, node: fx.Node, arguments: tuple, options: dict) -> Any:
+        target = node.target
+        if target is operator.getitem and isinstance(arguments[0], tuple):
+            return arguments[0][arguments[1]]
+        x = arguments[0] if arguments else None
+        if target in (operator.add, operator.iadd, torch.add) and not options:
+            result = self._add(node, *arguments)
+            if result is not None:
+                return result
+        if target in (operator.mul, torch.mul, "mul") and not options:
+            result = self._multiply(node, *arguments)
+            if result is not None:
+                return result
+        if target in (torch.cat, torch.concat) and isinstance(x, tuple | list):
+            dim = options.get("dim", arguments[1] if len(arguments) > 1 else 0)
+            if dim == 1 and all(isinstance(part, _Flow) and part.dim == 1 for part in x):
+                return self._concatenate(node, list(x))
+        if isinstance(x, _Flow):
+            if getattr(target, "__name__", "") == "stochastic_depth" or target in ("contiguous", "clone"):
+                return replace(x)
+            if (
+                target in ELEMENTWISE
+                and len(arguments) == 1
+                and not any(isinstance(o, _Flow) for o in options.values())
+            ):
+                safe = {key: value for key, value in options.items() if key != "inplace"}
+                apply: Any = target
+                return self._elementwise(
+                    x,
+                    lambda v: self.new.call_function(apply, (v,), safe),
+                    lambda rest: apply(rest, **safe),
+                )
+            named = getattr(target, "__name__", target)
+            if named in ("adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d") and x.dim == 1:
+                moved = (
+                    None if x.node is None else self.new.create_node(node.op, target, (x.node, *arguments[1:]), options)
+                )
+                return replace(x, node=moved, shape=_shape(node))
+            start = arguments[1] if len(arguments) > 1 else options.get("start_dim", 0)
+            if named == "flatten" and start == 1 and len(arguments) < 3 and "end_dim" not in options:
+                return self._flatten(node, x)
+            if named == "mean":
+                result = self._mean(node, x, arguments, options)
+                if result is not None:
+                    return result
+        return self._whole(node, arguments, options)
+
+    # --- layers -------------------------------------------------------------------------------------------------------
+
+    def _linear(self, node: fx.Node, name: str, module: Any, x: _Flow) -> _Flow:
+        if isinstance(module, CONVOLUTIONS) and _padded(module) and bool(x.constants().any()):
+            self.value(x)  # at the border a constant channel is not constant
+        weight = module.weight[:, x.live]
+        bias = module.bias
+        if not x.whole:
+            absent = torch.ones(len(x.rest), dtype=torch.bool, device=x.live.device)
+            absent[x.live] = False
+            moved = module.weight.flatten(2).sum(2) if module.weight.ndim > 2 else module.weight
+            if bool(x.constants().any()):
+                moved = moved[:, absent] @ x.rest[absent]
+                bias = moved if bias is None else bias + moved
+        dim = 1 if isinstance(module, CONVOLUTIONS) else x.dim
+        if x.node is None:
+            rest = torch.zeros_like(module.weight.flatten(1)[:, 0]) if bias is None else bias
+            zero = torch.full(rest.shape, bias is None, device=rest.device)
+            return _Flow(None, dim, x.live, rest.detach().clone(), zero, _shape(node))
+        return self.full(self.call(name, _layer(module, weight, bias), x.node), node, dim)
+
+    def _grouped(self, node: fx.Node, name: str, module: Any, x: _Flow) -> _Flow:
+        groups, each_in = module.groups, module.in_channels // module.groups
+        each_out = module.out_channels // groups
+        present = torch.zeros(len(x.rest), dtype=torch.bool, device=x.live.device)
+        present[x.live] = True
+        if _padded(module):
+            present |= x.constants()
+        alive = present.view(groups, each_in).any(1)
+        rest = torch.zeros_like(module.weight.flatten(1)[:, 0])
+        rest = rest if module.bias is None else module.bias.detach().clone()
+        per_input = module.weight.flatten(2).sum(2).view(groups, each_out, each_in)
+        rest = rest + torch.einsum("goi,gi->go", per_input, x.rest.view(groups, each_in)).flatten()
+        outputs = alive.repeat_interleave(each_out)
+        live = outputs.nonzero().flatten()
+        rest = torch.where(outputs, 0, rest)
+        zero = outputs.clone()  # of a live channel nothing is asked
+        if module.bias is None:
+            zero |= ~x.constants().view(groups, each_in).any(1).repeat_interleave(each_out)
+        if not bool(alive.any()):
+            return _Flow(None, 1, live, rest, zero, _shape(node))
+        wanted = alive.repeat_interleave(each_in).nonzero().flatten()
+        source = self.shaped(x, wanted)
+        bias = None if module.bias is None else module.bias[outputs]
+        made = _layer(module, module.weight[outputs], bias, groups=int(alive.sum()))
+        return _Flow(self.call(name, made, source), 1, live, rest, zero, _shape(node))
+
+    def _attention(self, node: fx.Node, name: str, module: Attention, arguments: tuple, options: dict) -> Any:
+        kept = self.mask.get(name)
+        if kept is None or self.mask.units[name].kind != "head" or bool(kept.all()):
+            return self._whole(node, arguments, options)
+        pair = not hasattr(node.meta["tensor_meta"], "shape")  # MultiheadAttention also returns its weights
+        if not bool(kept.any()):
+            shape = node.meta["tensor_meta"][0].shape if pair else _shape(node)
+            bias = module.output.bias
+            weight = module.output.weight
+            rest = weight.new_zeros(shape[-1]) if bias is None else bias.detach().clone()
+            nothing = torch.zeros(0, dtype=torch.long, device=rest.device)
+            zero = torch.full(rest.shape, bias is None, device=rest.device)
+            flow = _Flow(None, len(shape) - 1, nothing, rest, zero, shape)
+            return (flow, None) if pair else flow
+        self.modules[name] = _fewer_heads(module, kept)
+        return self._whole(node, arguments, options)
+
+    def _elementwise(self, x: _Flow, emit: Callable[[fx.Node], fx.Node], apply: Callable[[Tensor], Tensor]) -> _Flow:
+        rest = apply(x.rest.clone())
+        rest[x.live] = 0
+        zero = x.zero & bool(apply(x.rest.new_zeros(1)) == 0)
+        return replace(x, node=None if x.node is None else emit(x.node), rest=rest, zero=zero)
+
+    def _affine(self, name: str, x: _Flow, scale: Tensor | None, shift: Tensor | None) -> _Flow:
+        rest = x.rest if scale is None else x.rest * scale
+        rest = rest if shift is None else rest + shift
+        rest = rest.index_fill(0, x.live, 0)
+        node = x.node
+        if node is not None:
+            parts = [None if part is None else part.detach()[x.live] for part in (scale, shift)]
+            node = self.call(name, Affine(parts[0], parts[1], x.dim), node)
+        return replace(x, node=node, rest=rest, zero=x.zero if shift is None else torch.zeros_like(x.zero))
+
+    def _add(self, node: fx.Node, a: Any, b: Any) -> _Flow | None:
+        if not (isinstance(a, _Flow) and isinstance(b, _Flow)) or a.dim != b.dim or a.shape != b.shape:
+            flow, other = (a, b) if isinstance(a, _Flow) else (b, a)
+            if isinstance(flow, _Flow) and isinstance(other, fx.Node) and other.op != "get_attr":
+                if _shape(node.args[0]) == _shape(node.args[1]):  # type: ignore[arg-type]
+                    return self._add(node, flow, self.full(other, node, flow.dim))
+            return None
+        either = torch.zeros(len(a.rest), dtype=torch.bool, device=a.live.device)
+        either[a.live] = True
+        either[b.live] = True
+        live = either.nonzero().flatten()
+        rest = torch.where(either, 0, a.rest + b.rest)
+        # a constant of one may meet a live channel of the other
+        shift = torch.where(either, a.rest + b.rest, 0)
+        meets = bool((either & (a.constants() | b.constants())).any())
+        result: fx.Node | None
+        if a.node is None or b.node is None:
+            result = a.node if b.node is None else b.node
+        elif len(a.live) == len(b.live) == len(live):
+            result = self.new.call_function(operator.add, (a.node, b.node))
+        else:
+            first, second = (a, b) if len(a.live) >= len(b.live) else (b, a)
+            places = torch.searchsorted(live, first.live), torch.searchsorted(live, second.live)
+            result = self.call("join", Join(*places, len(live), a.dim), first.node, second.node)
+        flow = _Flow(result, a.dim, live, torch.zeros_like(rest), a.zero & b.zero, a.shape)
+        if meets and result is not None:
+            flow = self._affine("shift", flow, None, shift)
+        return replace(flow, rest=rest, zero=a.zero & b.zero)
+
+    def _multiply(self, node: fx.Node, a: Any, b: Any) -> _Flow | None:
+        if isinstance(a, int | float) or isinstance(b, int | float):
+            x, factor = (b, a) if isinstance(a, int | float) else (a, b)
+            if isinstance(x, _Flow):
+                return self._elementwise(
+                    x, lambda v: self.new.call_function(operator.mul, (v, factor)), lambda rest: rest * factor
+                )
+            return None
+        if not (isinstance(a, _Flow) and isinstance(b, _Flow)) or a.dim != b.dim or len(a.rest) != len(b.rest):
+            return None
+        lives = []
+        for flow in (a, b):
+            present = torch.zeros(len(flow.rest), dtype=torch.bool, device=flow.live.device)
+            present[flow.live] = True
+            lives.append(present)
+        zero = (~lives[0] & a.zero) | (~lives[1] & b.zero)
+        wanted = (lives[0] | lives[1]) & ~zero
+        if bool((wanted & ~(lives[0] & lives[1])).any()):
+            return None  # a live channel times a constant that is not zero
+        x, y = self.narrow(a, wanted | ~lives[0]), self.narrow(b, wanted | ~lives[1])
+        if len(x.live) != len(y.live):  # groups that could not be cut further
+            return None
+        rest = torch.where(wanted, 0, a.rest * b.rest)
+        if x.node is None or y.node is None:
+            return _Flow(None, a.dim, x.live, rest, zero, _shape(node))
+        product = self.new.call_function(operator.mul, (x.node, y.node))
+        return _Flow(product, a.dim, x.live, rest, zero, _shape(node))
+
+    def _concatenate(self, node: fx.Node, parts: list[_Flow]) -> _Flow:
+        offset, lives = 0, []
+        for part in parts:
+            lives.append(part.live + offset)
+            offset += len(part.rest)
+        nodes = [part.node for part in parts if part.node is not None]
+        joined = self.new.call_function(torch.cat, (nodes, 1)) if len(nodes) > 1 else nodes[0] if nodes else None
+        rest, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "zero"))
+        return _Flow(joined, 1, torch.cat(lives), rest, zero, _shape(node))
+
+    def _flatten(self, node: fx.Node, x: _Flow) -> Any:
+        if x.dim != 1:
+            return self._whole(node, (x, 1), {})
+        places = math.prod(x.shape[2:])
+        live = (x.live[:, None] * places + torch.arange(places, device=x.live.device)).flatten()
+        flat = None if x.node is None else self.new.call_function(torch.flatten, (x.node, 1))
+        rest, zero = x.rest.repeat_interleave(places), x.zero.repeat_interleave(places)
+        return _Flow(flat, 1, live, rest, zero, _shape(node))
+
+    def _mean(self, node: fx.Node, x: _Flow, arguments: tuple, options: dict) -> _Flow | None:
+        dims = arguments[1] if len(arguments) > 1 else options.get("dim")
+        if dims is None:
+            return None
+        dims = {d % len(x.shape) for d in ([dims] if isinstance(dims, int) else dims)}
+        if x.dim in dims or 0 in dims:
+            return None
+        kept = len(_shape(node)) == len(x.shape)
+        dim = x.dim if kept else x.dim - sum(d < x.dim for d in dims)
+        moved = (
+            None if x.node is None else self.new.create_node(node.op, node.target, (x.node, *arguments[1:]), options)
+        )
+        return replace(x, node=moved, dim=dim, shape=_shape(node))
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    return node.meta["tensor_meta"].shape
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["tensor_meta"].dtype
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    dropout = isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d)
+    return dropout or (is_activation(module) and not isinstance(module, MIXES_CHANNELS))
+
+
+def _padded(module: Any) -> bool:
+    padding = module.padding
+    return (
+        padding != "valid" if isinstance(padding, str) else any(padding if isinstance(padding, tuple) else (padding,))
+    )
+
+
+def _part(bias: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if bias is None else bias[index]
+
+
+def _layer(module: Any, weight: Tensor, bias: Tensor | None, groups: int = 1) -> nn.Module:
+    """The same kind of layer with other weights."""
+    made = copy.copy(module)
+    made._parameters = {"weight": nn.Parameter(weight.detach()), "bias": None}
+    if bias is not None:
+        made._parameters["bias"] = nn.Parameter(bias.detach())
+    if isinstance(module, nn.Linear):
+        made.out_features, made.in_features = weight.shape
+    else:
+        made.out_channels, made.in_channels, made.groups = weight.shape[0], weight.shape[1] * groups, groups
+    return made
+
+
+def _fewer_heads(attention: Attention, kept: Tensor) -> Attention:
+    """An attention with only some of its heads."""
+    made = copy.copy(attention)
+    made._modules = dict(attention._modules)
+    rows = kept.to(attention.output.weight.device).repeat_interleave(attention.head_dim)
+    for name, part in attention._modules.items():
+        if name in ("q_proj", "k_proj", "v_proj", "gate") and isinstance(part, nn.Linear):
+            made._modules[name] = _layer(part, part.weight[rows], _part(part.bias, rows))
+        elif name == "qkv" and isinstance(part, nn.Linear):
+            three = rows.repeat(3)
+            made._modules[name] = _layer(part, part.weight[three], _part(part.bias, three))
+        elif part is attention.output:
+            made._modules[name] = _layer(part, part.weight[:, rows], part.bias)
+    made.num_heads = int(kept.sum())
+    return made

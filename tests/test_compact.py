@@ -1,0 +1,374 @@
+"""The smaller network gives the masked network's logits, for every architecture and any mask."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import NETWORKS, network, randomise, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import GATED, MODELS, images_of, lively
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pxp
+from pxp.channels import Constant, Expand, Join, Select
+
+
+def drawn(units: pxp.Components, rate: float, seed: int = 0) -> pxp.Mask:
+    generator = torch.Generator().manual_seed(seed)
+    return pxp.Mask(units, {n: torch.rand(layer.size, generator=generator) >= rate for n, layer in units.items()})
+
+
+def weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def difference(model: nn.Module, mask: pxp.Mask, small: nn.Module, x: Tensor) -> float:
+    with pxp.masked(model, mask):
+        expected = model(x)
+    return float((small(x) - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+
+
+def others(small: nn.Module, *kinds: type) -> int:
+    return sum(isinstance(module, kinds) for module in small.modules())
+
+
+SMALL = [name for name in NETWORKS if name not in ("resnet18", "resnet50")]
+
+
+@pytest.mark.parametrize("rate", [0, 0.1, 0.5, 0.9, 1])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(name, rate, untouched):
+    model, x, _, units = network(name)
+    untouched(model)
+    for seed in range(3):
+        mask = drawn(units, rate, seed)
+        small = pxp.compact(model, mask, example=x)
+        assert difference(model, mask, small, x) < 1e-10
+        assert weights(small) < weights(model) or rate < 0.5
+        assert {p.data_ptr() for p in small.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rate", [0, 0.3, 0.8, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers(name, rate, untouched):
+    torch.manual_seed(0)
+    model = untouched(lively(MODELS[name]()))
+    x, _ = images_of(model, 3)
+    units = pxp.find_components(model, "head" if name in GATED else ("head", "neuron", "mlp_output"))
+    for seed in range(2):
+        mask = drawn(units, rate, seed)
+        assert difference(model, mask, pxp.compact(model, mask), x) < 1e-10
+    small = pxp.compact(model, mask)
+    assert weights(small) <= weights(model) + 200  # a key's bias that EvaAttention keeps as a buffer
+    if rate == 1 and name not in GATED:
+        assert not any("attn" in name or "mlp" in name for name, _ in small.named_modules())
+
+
+def library_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(pxp.load_model(name))
+
+
+LIBRARIES = {
+    "torchvision/resnext50_32x4d": 0.75,  # only whole groups of a grouped convolution can go
+    "torchvision/resnet50": 0.55,
+    "torchvision/mobilenet_v2": 0.5,
+    "torchvision/efficientnet_b0": 0.6,
+    "torchvision/mobilenet_v3_small": 0.8,
+    "torchvision/densenet121": 0.5,
+    "torchvision/shufflenet_v2_x1_0": 0.6,
+    "torchvision/squeezenet1_1": 0.5,
+    "torchvision/vgg11_bn": 0.999,  # nearly all of its weights are in the classifier
+    "timm/resnet18": 0.55,
+    "timm/test_efficientnet": 0.65,
+    "timm/resnetv2_50": 0.55,
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries_networks(name):
+    model = library_model(name)
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    units = pxp.find_components(model, "filter", example=x)
+    for rate in (0.4, 1):
+        mask = drawn(units, rate)
+        small = pxp.compact(model, mask, example=x)
+        assert difference(model, mask, small, x) < 1e-10
+        if rate < 1:
+            assert weights(small) < LIBRARIES[name] * weights(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("vgg", ("filter", "neuron")), ("resnet", "filter"), ("vit", ("head", "neuron"))]
+)
+def test_shipped_networks(name, kinds, data, untouched):
+    model = untouched(pxp.load_model(name))
+    units = pxp.find_components(model, kinds)
+    scores = pxp.attribute(model, pxp.reference_samples(data.reference, 1), units, pxp.LRP())
+    images = data.eval.images[:200]
+    for rate in (0.1, 0.5, 0.9):
+        mask = scores.select(rate)
+        small = pxp.compact(model, mask)
+        assert difference(model, mask, small, images) < 1e-5
+        with pxp.masked(model, mask):
+            assert pxp.accuracy(model, data.eval) == pxp.accuracy(small, data.eval)
+
+
+MASKS = {name: network(name) for name in ("vgg16_bn", "bottleneck", "grouped")}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(MASKS)), st.data())
+def test_any_mask(name, draw):
+    model, x, _, units = MASKS[name]
+    kept = {}
+    for layer, each in units.items():
+        how = draw.draw(st.sampled_from(["all", "none", "one", "some"]))
+        bools = {"all": [True] * each.size, "none": [False] * each.size}.get(how)
+        if how == "one":
+            bools = [i == 3 % each.size for i in range(each.size)]
+        kept[layer] = torch.tensor(bools or draw.draw(st.lists(st.booleans(), min_size=each.size, max_size=each.size)))
+    mask = pxp.Mask(units, kept)
+    assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-10
+
+
+# --- what must be gone ------------------------------------------------------------------------------------------------
+
+
+def test_layers_have_the_kept_sizes():
+    model, _, _, units = network("vgg")
+    mask = drawn(units, 0.5)
+    small = pxp.compact(model, mask)
+    sizes = [int(kept.sum()) for kept in mask.values()]
+    convolutions = [m for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == sizes
+    assert [m.in_channels for m in convolutions] == [1, *sizes[:-1]]
+    assert small.get_submodule("classifier.0").in_features == sizes[-1]
+    assert others(small, Expand, Select, Join, Constant) == 0
+
+
+def test_a_branch_of_which_nothing_is_kept_is_gone():
+    model, x, _, units = network("resnet")
+    kept = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
+    kept["layer2.1.conv2"][:] = False
+    small = pxp.compact(model, pxp.Mask(units, kept))
+    assert not [name for name, _ in small.named_modules() if name.startswith("layer2.1.conv")]
+    kept["layer2.1.conv2"][:] = True
+    kept["layer2.1.conv1"][:] = False  # the second convolution is then a constant: its bias
+    mask = pxp.Mask(units, kept)
+    small = pxp.compact(model, mask)
+    assert not [name for name, m in small.named_modules() if name.startswith("layer2.1.conv")]
+    assert difference(model, mask, small, x) < 1e-10
+
+
+def test_a_residual_branch_computes_only_what_it_keeps():
+    model, _, _, units = network("resnet")
+    mask = drawn(units, 0.5)
+    small = pxp.compact(model, mask)
+    for name, kept in mask.items():
+        assert small.get_submodule(name).out_channels == int(kept.sum())
+    assert others(small, Expand) == 0 and others(small, Join) == 8  # eight blocks
+
+
+def test_depthwise_convolutions_lose_their_channels():
+    model = library_model("torchvision/mobilenet_v2")
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    units = pxp.find_components(model, "filter", example=x)
+    expand, depthwise = "features.3.conv.0.0", "features.3.conv.1.0"
+    kept = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
+    kept[expand][::2] = False
+    mask = pxp.Mask(units, kept)
+    small = pxp.compact(model, mask, example=x)
+    made = small.get_submodule(depthwise)
+    assert made.groups == made.out_channels == units[expand].size // 2
+    assert difference(model, mask, small, x) < 1e-10
+
+
+def test_heads_are_gone():
+    model = pxp.load_model("vit")
+    units = pxp.find_components(model, "head")
+    mask = drawn(units, 0.5)
+    small = pxp.compact(model, mask)
+    for name, kept in mask.items():
+        attention = small.get_submodule(name)
+        assert attention.num_heads == int(kept.sum()) and attention.out_proj.in_features == 8 * int(kept.sum())
+        assert attention.q_proj.out_features == 8 * int(kept.sum())
+
+
+# --- structures that are hard -----------------------------------------------------------------------------------------
+
+
+class Raw(nn.Module):
+    """A convolution whose raw output is read twice, and a BatchNorm that cannot be merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+        self.c, self.fc = nn.Conv2d(12, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.a(x)
+        y = self.b(F.relu(self.norm(raw))) + raw
+        return self.fc(torch.sigmoid(self.c(torch.cat([y, raw], 1))).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """One convolution that runs twice, on inputs with different live channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.twice(F.gelu(self.twice(torch.relu(self.stem(x))))).amax((2, 3)))
+
+
+class Gated(nn.Module):
+    """A gate whose pruned channels are not 0 but σ(0), an average with a border, and a maximum over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+        self.pool, self.last, self.fc = nn.AvgPool2d(3, 2, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.pool(torch.sigmoid(self.gate(x)))
+        x = self.last(x) * torch.sigmoid(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Raw, Shared, Gated])
+@pytest.mark.parametrize("rate", [0.3, 0.7, 1])
+def test_hard_structures(make, rate):
+    torch.manual_seed(0)
+    model = randomise(make())
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    units = pxp.find_components(model, "filter", example=x)
+    for seed in range(4):
+        mask = drawn(units, rate, seed)
+        assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-10
+
+
+def test_hooks_are_not_lost_silently():
+    model, _, _, units = network("vgg")
+    with pxp.masked(model, drawn(units, 0.3, 1)), pytest.raises(ValueError, match="'features.1' carries forward hooks"):
+        pxp.compact(model, drawn(units, 0.3, 2))
+
+
+# --- what comes out is an ordinary module -----------------------------------------------------------------------------
+
+
+def test_it_trains():
+    model, x, labels, units = network("resnet")
+    small = pxp.compact(model, drawn(units, 0.5)).train()
+    assert all(p.requires_grad and p.is_leaf for p in small.parameters())
+    before = F.cross_entropy(small(x), labels)
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(small(x), labels).backward()
+        optimizer.step()
+    assert F.cross_entropy(small(x), labels) < before
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit"])
+def test_it_exports(name):
+    model = pxp.load_model(name)
+    small = pxp.compact(model, drawn(pxp.find_components(model, "head" if name == "vit" else "filter"), 0.5))
+    x = torch.rand(3, 1, 28, 28)
+    exported = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    with torch.no_grad():
+        assert relative(exported.module()(x), small(x)) < 1e-5
+        more = torch.rand(5, 1, 28, 28)
+        assert relative(exported.module()(more), small(more)) < 1e-5
+
+
+def test_it_compiles():
+    model = pxp.load_model("resnet")
+    small = pxp.compact(model, drawn(pxp.find_components(model), 0.5))
+    x = torch.rand(2, 1, 28, 28)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert relative(compiled(x), small(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_files(name, tmp_path):
+    model = pxp.load_model(name)
+    units = pxp.find_components(model, ("head", "neuron") if name == "vit" else "filter")
+    small = pxp.compact(model, drawn(units, 0.6))
+    with torch.no_grad():
+        next(small.parameters()).mul_(1.5)  # as if it had been trained
+    pxp.save_compact(small, tmp_path / "small.safetensors")
+    loaded = pxp.load_compact(tmp_path / "small.safetensors")
+    x = torch.rand(2, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+    assert not loaded.training
+    pxp.save_compact(loaded, tmp_path / "again.safetensors")
+
+
+def test_files_of_ones_own_network(tmp_path):
+    model, x, _, units = network("grouped")
+    small = pxp.compact(model, drawn(units, 0.2), example=x)
+    path = tmp_path / "small.safetensors"
+    pxp.save_compact(small, path)
+    with pytest.raises(ValueError, match="pass model=<one like it>"):
+        pxp.load_compact(path)
+    another = NETWORKS["grouped"][0]()
+    with torch.no_grad():
+        assert torch.equal(pxp.load_compact(path, another)(x), small(x))
+    with pytest.raises(ValueError, match="of another model"):
+        pxp.load_compact(path, pxp.load_model("vgg"))
+    with pytest.raises(ValueError, match=r"only what pxp\.compact made can be written"):
+        pxp.save_compact(model, path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="no compact file written by pxp, or it is damaged"):
+        pxp.load_compact(path)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.fc(x.mean((2, 3)) if x.sum() > -1e9 else x.amax((2, 3)))
+
+
+def test_errors(untouched):
+    torch.manual_seed(0)
+    model = untouched(Untraceable().eval())
+    x = torch.rand(1, 1, 8, 8)
+    units = pxp.find_components(model, "filter", example=x)
+    with pytest.raises(ValueError, match="Untraceable cannot be traced"):
+        pxp.compact(model, drawn(units, 0.5), example=x)
+    with pytest.raises(TypeError, match=r"mask must be a pxp\.Mask"):
+        pxp.compact(model, {"conv": torch.ones(4)})
+    with pytest.raises(ValueError, match="of another model"):
+        pxp.compact(pxp.load_model("vgg"), drawn(units, 0.5))
+
+
+def test_heads_that_cannot_be_taken_out_are_named():
+    torch.manual_seed(0)
+    model = lively(
+        timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=3, depth=1, img_size=32, num_classes=4)
+    )
+    attention = model.blocks[0].attn
+    attention.norm = nn.LayerNorm(24).double()
+    units = pxp.find_components(model, "head")
+    kept = {name: torch.tensor([True, False, True]) for name in units}
+    with pytest.raises(ValueError, match=r"single heads of 'blocks\.0\.attn' cannot be taken out: it normalises"):
+        pxp.compact(model, pxp.Mask(units, kept))
