@@ -8,7 +8,6 @@ own merge fails on PyTorch 2.10 and later.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import zennit.types
 from torch import nn
 
 import pxp
+from pxp.cost import peak_memory
 from pxp.replica import fold_batch_norm, replica
 
 MODELS = {
@@ -123,16 +123,6 @@ def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak(run: Callable[[], None]) -> int:
-    """Largest number of bytes that tensors held at one time beyond what they held before, from torch's profiler."""
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
-
-
 def prepared(name: str, batch: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], pxp.Components]:
     """A network with random weights, random images, and its filters or its heads and neurons."""
     torch.manual_seed(0)
@@ -167,9 +157,9 @@ def memory(names: list[str], batch: int) -> None:
     print(f"{'model':<14} {'rule':<13} {'pxp':>6}")
     for name in names:
         model, refs, units = prepared(name, batch)
-        base = peak(plain(model, *refs))
+        base = peak_memory(plain(model, *refs))
         for rule in (rule for each, rule in TARGETS if each == name and not rule.startswith("IG")):
-            used = peak(partial(pxp.attribute, model, refs, units, CRITERIA[rule], progress=False))
+            used = peak_memory(partial(pxp.attribute, model, refs, units, CRITERIA[rule], progress=False))
             print(f"{name:<14} {rule:<13} {used / base:6.2f}", flush=True)
 
 

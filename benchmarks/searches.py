@@ -17,9 +17,9 @@ from pxp.data import ASSETS
 # name → model, kind of component, sampler, trials (None: the whole grid)
 SEARCHES = {
     "vgg-grid": ("vgg", "filter", "grid", None),
-    "resnet-tpe": ("resnet", "filter", "tpe", 100),
-    "vit-heads-tpe": ("vit", "head", "tpe", 100),
-    "vit-neurons-tpe": ("vit", "neuron", "tpe", 100),
+    "resnet-tpe": ("resnet", "filter", "tpe", 60),
+    "vit-heads-tpe": ("vit", "head", "tpe", 60),
+    "vit-neurons-tpe": ("vit", "neuron", "tpe", 60),
 }
 
 

@@ -9,6 +9,7 @@ from .attribute import attribute, heatmap
 from .compact import compact, load_compact, save_compact
 from .components import Components, find_components
 from .composites import LRP, depth_groups
+from .cost import Cost, cost
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
 from .data import load_dataset, reference_samples
 from .evaluate import Comparison, Curve, accuracy, compare, pruning_curve
@@ -29,6 +30,7 @@ __all__ = [
     "AttnLRP",
     "Comparison",
     "Components",
+    "Cost",
     "Curve",
     "Epsilon",
     "Flat",
@@ -47,6 +49,7 @@ __all__ = [
     "attribute",
     "compact",
     "compare",
+    "cost",
     "depth_groups",
     "find_components",
     "heatmap",

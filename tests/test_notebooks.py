@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
+import os
 
 import nbformat
 import notebook_execute
 import notebook_lint
 import pytest
 import torch
+import torchvision
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import pxp
@@ -42,42 +43,54 @@ def test_figure_names_are_unique_in_the_book():
     assert len(names) == len(set(names))
 
 
-LOADER = re.compile(r"^def (\w+)\(.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+def full_profile_cells() -> dict[str, str]:
+    """Chapter → source of the cell that loads what the full profile works on."""
+    return {
+        path.stem: cell.source
+        for path in CHAPTERS
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code" and 'load_dataset("imagenette"' in cell.source
+    }
 
 
-def full_profile_loaders() -> dict[str, tuple[str, str]]:
-    """Chapter → name and source of the function that loads what the full profile works on."""
-    found = {}
-    for path in CHAPTERS:
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code" and 'load_dataset("imagenette"' in cell.source:
-                (match,) = [m for m in LOADER.finditer(cell.source) if "imagenette" in m.group()]
-                found[path.stem] = match.group(1), match.group()
-    return found
-
-
-def test_chapters_with_a_full_profile_have_one_loader():
+def test_chapters_with_a_full_profile_load_it_in_one_place():
     with_profile = {path.stem for path in CHAPTERS if "PXP_PROFILE" in path.read_text(encoding="utf8")}
     assert {"02_lrp_foundations", "04_pixels_to_filters", "05_pruning_cnns"} <= with_profile
-    assert with_profile == set(full_profile_loaders())
+    assert with_profile == set(full_profile_cells())
 
 
-@pytest.mark.parametrize("chapter", full_profile_loaders())
+class Offline:
+    """``pxp`` where nothing can be downloaded: random weights, a small folder of images."""
+
+    def __init__(self, root) -> None:
+        self.root = root
+
+    def __getattr__(self, name: str):
+        return getattr(pxp, name)
+
+    def load_dataset(self, name, root=None):
+        return pxp.load_dataset(name, root=self.root)
+
+    def load_model(self, name, weights=None):
+        return pxp.load_model(name)
+
+    def reference_samples(self, data, per_class=1, classes=None, seed=0):
+        return pxp.reference_samples(data, 1, classes, seed)
+
+
+@pytest.mark.parametrize("chapter", full_profile_cells())
 def test_the_full_profile_loads_without_a_download(chapter, photographs):
-    """With random weights and a small folder of images; then the first steps that every chapter takes with them."""
-    name, source = full_profile_loaders()[chapter]
-    names = {"pxp": pxp, "torch": torch}
-    exec(source, names)
-    options = {"weights": None, "root": photographs}
-    options |= {"full": True} if "full" in inspect.signature(names[name]).parameters else {}
-    options |= {"per_class": 2} if "per_class" in inspect.signature(names[name]).parameters else {}
-    loaded = names[name](**options)
+    """And takes the first steps of every chapter with it."""
+    names = {"pxp": Offline(photographs), "torch": torch, "FULL": True, "PROFILE": "full", "os": os}
+    exec(full_profile_cells()[chapter], names)
+    loader = next((value for value in names.values() if inspect.isfunction(value) and value.__name__ != "claim"), None)
+    loaded = list(names.values()) if loader is None else loader()
     flat = [part for each in loaded for part in (each.values() if isinstance(each, dict) else [each])]
     model = next(part for part in flat if isinstance(part, torch.nn.Module))
-    units = pxp.find_components(model, "head" if "vit" in source else "filter")
+    transformer = isinstance(model, torchvision.models.VisionTransformer)
+    units = pxp.find_components(model, "head" if transformer else "filter")
     data = next((part for part in flat if isinstance(part, ImageData | Photographs)), None)
-    source = data.reference if isinstance(data, ImageData) else data
-    images, labels = pxp.reference_samples(source, 1) if source is not None else loaded[1:3]
+    images, labels = loaded[1:3] if data is None else pxp.reference_samples(getattr(data, "reference", data), 1)
     assert images.shape[1:] == (3, 224, 224) and set(labels.tolist()) == {i for i, _ in IMAGENETTE_CLASSES.values()}
     scores = pxp.attribute(model, (images[:1], labels[:1]), units, pxp.Activation())
     assert units.total in (4224, 4800, 144) and scores.samples == 1
