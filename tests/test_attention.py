@@ -542,7 +542,7 @@ def test_transformers_have_equal_outputs_and_batches_equal_singles(name, untouch
 
 @pytest.mark.parametrize("name", LISTED)
 def test_listed_models_at_full_size(name, untouched):
-    """Equal outputs, three lines to prune, and the effect of one mask in every layer; float32 as users have it."""
+    """Equal outputs, three lines to prune, and the effect of every single head's mask; float32 as users have it."""
     torch.manual_seed(0)
     if name == "vit_b_16":
         model = torchvision.models.vit_b_16(num_classes=4)
@@ -561,6 +561,11 @@ def test_listed_models_at_full_size(name, untouched):
         with _silenced_replica(model, mask) as twin:
             assert relative(twin(images), pruned) < 1e-3
         assert torch.equal(model(images), before)
+    with torch.inference_mode():
+        for layer, each in units.items():
+            for index in range(each.size):
+                with pxp.masked(model, only(units, layer, index)):
+                    assert not torch.equal(model(images), before), (layer, index)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
