@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -181,6 +182,35 @@ def sweep() -> None:
         print(f"{name:<10} {found['sweep'] / found['plain']:6.1f}", flush=True)
 
 
+def search() -> None:
+    """Workers are processes that start from nothing, so their imports count; every worker has one thread."""
+    data, model = pxp.load_dataset(), pxp.load_model("vgg")
+    refs, images = pxp.reference_samples(data.reference, 10), pxp.reference_samples(data.tune, 30)
+    start = time.perf_counter()
+    study = pxp.tune(model, refs, pxp.find_components(model), images, 6, sampler="random", progress=False)
+    wall = time.perf_counter() - start
+    work = sum(sum(trial.user_attrs["seconds"].values()) for trial in study.trials)
+    print(f"\nA search of 6 trials takes {wall / work:.2f} of its attributions and sweeps (target: at most 1.05)")
+
+    def workers(number: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pxp", "tune", "--storage", f"{folder}/s.journal", "--study", "s"]
+            command += ["--trials", "16", "--tune-per-class", "30", "--sampler", "random"]
+            start = time.perf_counter()
+            processes = [
+                subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+                for _ in range(number)
+            ]
+            for process in processes:
+                process.wait()
+            return time.perf_counter() - start
+
+    alone = workers(1)
+    print(
+        f"2 workers take {workers(2) / alone:.2f} of one worker's time for 16 trials (target: at most 0.6)", flush=True
+    )
+
+
 def import_time() -> None:
     def seconds(code: str) -> float:
         return statistics.median(
@@ -204,4 +234,5 @@ if __name__ == "__main__":
     attribution(models, 3 if arguments.quick else 7, arguments.batch)
     memory(models, arguments.batch)
     sweep()
+    search()
     import_time()
