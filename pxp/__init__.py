@@ -15,6 +15,7 @@ from .data import load_dataset, reference_samples
 from .evaluate import Comparison, Curve, accuracy, compare, pruning_curve
 from .models import load_model, model_card
 from .prune import Mask, Scores, masked
+from .recover import finetune, prune_gradually
 from .rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from .space import search_space
 from .studies import load_study, save_study, tuned_curve, winner
@@ -52,6 +53,7 @@ __all__ = [
     "cost",
     "depth_groups",
     "find_components",
+    "finetune",
     "heatmap",
     "load_compact",
     "load_dataset",
@@ -60,6 +62,7 @@ __all__ = [
     "masked",
     "model_card",
     "plots",
+    "prune_gradually",
     "pruning_curve",
     "reference_samples",
     "save_compact",
