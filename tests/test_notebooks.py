@@ -81,7 +81,7 @@ class Offline:
 @pytest.mark.parametrize("chapter", full_profile_cells())
 def test_the_full_profile_loads_without_a_download(chapter, photographs):
     """And takes the first steps of every chapter with it."""
-    names = {"pxp": Offline(photographs), "torch": torch, "FULL": True, "PROFILE": "full", "os": os}
+    names = {"pxp": Offline(photographs), "torch": torch, "FULL": True, "PROFILE": "full", "os": os, "copy": copy}
     exec(full_profile_cells()[chapter], names)
     loader = next((value for value in names.values() if inspect.isfunction(value) and value.__name__ != "claim"), None)
     loaded = list(names.values()) if loader is None else loader()
