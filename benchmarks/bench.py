@@ -18,8 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes a page of messages otherwise
-
 import torch
 import torchvision
 import zennit.composites

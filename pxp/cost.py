@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .components import example_input
@@ -125,8 +128,36 @@ def peak_memory(run: Callable[[], object], device: torch.device | None = None) -
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _Held() as held:
         run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Adds up the memory of all tensors that are made and not yet given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._note((args, kwargs), made=False)  # parameters and inputs were there before
+        result = func(*args, **(kwargs or {}))
+        self._note(result, made=True)
+        return result
+
+    def _note(self, tensors: object, made: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes() if made else 0
+            if key not in self.seen:
+                self.seen[key] = weakref.ref(storage, partial(self._given_up, key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _given_up(self, key: int, size: int, _: weakref.ref) -> None:
+        self.seen.pop(key, None)
+        self.now -= size
