@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,8 +85,12 @@ def cost(model: nn.Module, images: Tensor, *, seconds: float = 0.5) -> Cost:
     ValueError
         Images that the model does not accept.
     """
-    from torch.utils.benchmark import Timer  # looks for a CUDA compiler when it is imported, and says so
+    talkative = logging.getLogger("torch.utils.cpp_extension")  # it warns where there is a CUDA compiler but no GPU
+    level = talkative.level
+    talkative.setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
 
+    talkative.setLevel(level)
     images = images.to(next((p for p in model.parameters() if p.is_floating_point()), images))
     example_input(model, images)  # images that do not fit are an error that says so
     held = [*model.parameters(), *model.buffers()]

@@ -463,7 +463,7 @@ def heartbeat(url: str) -> optuna.storages.RDBStorage:
 
 
 DYING = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import pxp, optuna, test_tune, torch
 from conftest import network
@@ -475,6 +475,7 @@ with torch.no_grad():
 def space(trial):
     low = trial.suggest_categorical("low", ["epsilon", "zplus"])
     if trial.number == 2:
+        time.sleep(3)  # until a first heartbeat is written
         os.kill(os.getpid(), signal.SIGKILL)
     return pxp.LRP(low)
 pxp.tune(model, (x[:8], labels[:8]), units, (x[8:], labels[8:]), 5, space=space, rates=test_tune.RATES,
