@@ -14,17 +14,19 @@ import torch
 import pxp
 from pxp.data import ASSETS
 
-# name → model, kind of component, sampler, trials (None: the whole grid)
+# name → model, kind of component, space, sampler, trials (None: the whole grid)
 SEARCHES = {
-    "vgg-grid": ("vgg", "filter", "grid", None),
-    "resnet-tpe": ("resnet", "filter", "tpe", 60),
-    "vit-heads-tpe": ("vit", "head", "tpe", 60),
-    "vit-neurons-tpe": ("vit", "neuron", "tpe", 60),
+    "vgg-grid": ("vgg", "filter", "paper", "grid", None),
+    "resnet-tpe": ("resnet", "filter", "paper", "tpe", 60),
+    "vit-heads-tpe": ("vit", "head", "paper", "tpe", 60),
+    "vit-neurons-tpe": ("vit", "neuron", "paper", "tpe", 60),
+    "vgg-extended": ("vgg", "filter", "extended", "tpe", 60),
+    "resnet-extended": ("resnet", "filter", "extended", "tpe", 60),
 }
 
 
 def search(name: str, seed: int | None) -> None:
-    network, kind, sampler, trials = SEARCHES[name]
+    network, kind, space, sampler, trials = SEARCHES[name]
     data, model = pxp.load_dataset(), pxp.load_model(network)
     Path("runs").mkdir(exist_ok=True)
     study = pxp.tune(
@@ -33,6 +35,7 @@ def search(name: str, seed: int | None) -> None:
         pxp.find_components(model, kind),
         pxp.reference_samples(data.tune, per_class=50),
         trials,
+        space=pxp.search_space(model, space) | ({"min_keep": [0, 4]} if space == "extended" else {}),
         sampler=sampler,
         storage=f"runs/{name}.journal",
         study_name=name,

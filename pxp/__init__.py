@@ -12,7 +12,7 @@ from .composites import LRP, depth_groups
 from .cost import Cost, cost
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
 from .data import load_dataset, reference_samples
-from .evaluate import Comparison, Curve, accuracy, compare, pruning_curve
+from .evaluate import Comparison, Curve, accuracy, compare, load_curves, pruning_curve, save_curves
 from .models import load_model, model_card
 from .prune import Mask, Scores, masked
 from .recover import finetune, prune_gradually
@@ -56,6 +56,7 @@ __all__ = [
     "finetune",
     "heatmap",
     "load_compact",
+    "load_curves",
     "load_dataset",
     "load_model",
     "load_study",
@@ -66,6 +67,7 @@ __all__ = [
     "pruning_curve",
     "reference_samples",
     "save_compact",
+    "save_curves",
     "save_study",
     "search_space",
     "tune",

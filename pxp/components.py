@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -62,12 +63,22 @@ class Components(Mapping[str, Layer]):
         Several are joined with "+": ``"head+neuron"``.
     trace : Trace
         What was seen of the model's structure when the components were searched.
+    model : nn.Module or None
+        The model that they were found in, if it still exists.
     """
 
-    def __init__(self, kind: str, layers: list[Layer], trace: Trace) -> None:
+    def __init__(self, kind: str, layers: list[Layer], trace: Trace, model: nn.Module | None = None) -> None:
         self.kind = kind
         self.trace = trace
         self._layers = {layer.name: layer for layer in layers}
+        self._model = None if model is None else weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}  # neither copies nor files hold on to a model
 
     def __getitem__(self, name: str) -> Layer:
         if name not in self._layers:
@@ -125,12 +136,22 @@ class Components(Mapping[str, Layer]):
 
     def _of(self, layers: list[Layer]) -> Components:
         kinds = {layer.kind for layer in layers}
-        return Components("+".join(kind for kind in self.kind.split("+") if kind in kinds), layers, self.trace)
+        return Components(
+            "+".join(kind for kind in self.kind.split("+") if kind in kinds), layers, self.trace, self.model
+        )
 
     def describe(self, number: int | None = None) -> str:
         """How many of what: ``"416 filters"``; several kinds together are components."""
         number = self.total if number is None else number
         return f"{number:,} {'components' if '+' in self.kind else self.kind.replace('_', ' ') + 's'}"
+
+    def need_model(self, model: nn.Module | None = None) -> nn.Module:
+        """``model`` if it has these components, by default the one that they were found in."""
+        model = self.model if model is None else model
+        if model is None:
+            raise ValueError("the model that these components were found in is gone; give model=")
+        self.check(model)
+        return model
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every one of these layers with its size."""
@@ -214,7 +235,7 @@ def find_components(
             )
     order = {name: position for position, name in enumerate(_run_order(structure))}
     layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
-    return Components("+".join(kinds), layers, structure)
+    return Components("+".join(kinds), layers, structure, model)
 
 
 def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:

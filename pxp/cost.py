@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .components import example_input
 from .replica import evaluating, replica
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,12 +89,6 @@ def cost(model: nn.Module, images: Tensor, *, seconds: float = 0.5) -> Cost:
     ValueError
         Images that the model does not accept.
     """
-    talkative = logging.getLogger("torch.utils.cpp_extension")  # it warns where there is a CUDA compiler but no GPU
-    level = talkative.level
-    talkative.setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
-
-    talkative.setLevel(level)
     images = images.to(next((p for p in model.parameters() if p.is_floating_point()), images))
     example_input(model, images)  # images that do not fit are an error that says so
     held = [*model.parameters(), *model.buffers()]
@@ -99,8 +97,7 @@ def cost(model: nn.Module, images: Tensor, *, seconds: float = 0.5) -> Cost:
         with FlopCounterMode(display=False) as counter:
             explicit(images)
         memory = peak_memory(lambda: model(images), images.device)
-        timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
-        time = timer.blocked_autorange(min_run_time=seconds)
+        time = timer(model, images).blocked_autorange(min_run_time=seconds)
     root = type(model).__name__
     counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
     own = {
@@ -121,6 +118,17 @@ def cost(model: nn.Module, images: Tensor, *, seconds: float = 0.5) -> Cost:
             if name.removeprefix(f"{root}.") in own
         },
     )
+
+
+def timer(model: nn.Module, images: Tensor) -> Timer:
+    """Torch's timer of one forward pass, with the threads that are set."""
+    talkative = logging.getLogger("torch.utils.cpp_extension")  # it warns where there is a CUDA compiler but no GPU
+    level = talkative.level
+    talkative.setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
+
+    talkative.setLevel(level)
+    return Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
 
 
 def peak_memory(run: Callable[[], object], device: torch.device | None = None) -> int:

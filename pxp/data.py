@@ -128,6 +128,16 @@ class ImageData:
         return f"{self.name}, {len(self.classes)} classes\n{rows}"
 
 
+def shipped_file(path: str | Path, folder: str) -> Path:
+    """The file at ``path``, or the shipped one of this name; ``folder`` is ``"studies"`` or ``"curves"``."""
+    shipped = ASSETS / folder
+    file = next((p for p in (Path(path), shipped / f"{path}.json") if p.is_file()), None)
+    if file is None:
+        names = ", ".join(sorted(repr(p.stem) for p in shipped.glob("*.json")))
+        raise FileNotFoundError(f"no file {path} and nothing shipped of this name; shipped {folder}: {names}")
+    return file
+
+
 def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str | Path | None = None) -> ImageData:
     """Load a data set, split so that nothing is tuned on what is reported.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .attention import Attention, without_heads
-from .data import batches
+from .data import batches, shipped_file
 from .prune import Mask, Scores, masked
 from .replica import evaluating, fold_batch_norm, replica
 
@@ -51,18 +51,25 @@ def accuracy(
     ValueError
         No sample (of these classes); a class that the model does not have; an output that is not (batch, classes).
     """
-    return float(_hits(model, data, classes, batch_size).double().mean())
+    return float(hits(model, data, classes=classes, batch_size=batch_size).double().mean())
 
 
 @torch.no_grad()
-def _hits(model: nn.Module, data, classes: Sequence[int] | None, batch_size: int) -> Tensor:
+def hits(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    *,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Which samples are classified correctly, bool (samples,); arguments and errors are those of :func:`accuracy`."""
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     wanted = None if classes is None else torch.as_tensor(list(classes))
     if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):
         raise ValueError(f"classes must be distinct class indices, got {list(classes or [])}")
     if wanted is not None and int(wanted.min()) < 0:
         raise ValueError(f"class {int(wanted.min())} does not exist: classes are counted from 0")
-    hits = []
+    found = []
     with evaluating(model):
         for images, labels in batches(data, batch_size):
             labels = torch.as_tensor(labels)
@@ -80,10 +87,10 @@ def _hits(model: nn.Module, data, classes: Sequence[int] | None, batch_size: int
             if highest >= logits.shape[1]:
                 raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")
             chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
-            hits.append(chosen.argmax(1).cpu() == labels.cpu())
-    if not hits:
+            found.append(chosen.argmax(1).cpu() == labels.cpu())
+    if not found:
         raise ValueError("there is no sample to evaluate" + ("" if classes is None else f" of classes {list(classes)}"))
-    return torch.cat(hits)
+    return torch.cat(found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,15 +171,14 @@ class Curve:
             The file is no such JSON.
         """
         try:
-            entries = json.loads(Path(path).read_text())
-            return cls(
-                tuple(entries["rates"]),
-                tuple(tuple(run) for run in entries["runs"]),
-                entries["criterion"],
-                entries["settings"],
-            )
+            return cls._made_of(json.loads(Path(path).read_text()))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no curve written by pxp: {error}") from error
+
+    @classmethod
+    def _made_of(cls, entries: dict) -> Curve:
+        runs = tuple(tuple(run) for run in entries["runs"])
+        return cls(tuple(entries["rates"]), runs, entries["criterion"], entries["settings"])
 
     def __repr__(self) -> str:
         low, high = self.a_pr_interval()
@@ -181,6 +187,46 @@ class Curve:
             f"Curve({self.criterion or 'unnamed'}, {len(self.runs)} run{'s' if len(self.runs) > 1 else ''}: "
             f"A_PR {self.a_pr:.3f}{spread}, Top-PR {self.top_pr():.0%}, unpruned {self.accuracy[0]:.3f})"
         )
+
+
+def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
+    """Write named curves as one JSON file.
+
+    Parameters
+    ----------
+    curves : mapping of str to Curve
+    path : path
+    """
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(curve))}" for name, curve in curves.items())
+    Path(path).write_text(f"{{\n{rows}\n}}\n")
+
+
+def load_curves(path: str | Path) -> dict[str, Curve]:
+    """Read what :func:`save_curves` wrote.
+
+    Parameters
+    ----------
+    path : path or str
+        A file, or the name of curves that ship with the package: the results on the shipped networks, ``"vgg"``,
+        ``"resnet"``, ``"vit-heads"``, ``"vit-neurons"``.
+
+    Returns
+    -------
+    dict of str to Curve
+        In the order in which they were written.
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither a file nor shipped curves; the message names those.
+    ValueError
+        Not a file of this kind, or damaged.
+    """
+    file = shipped_file(path, "curves")
+    try:
+        return {name: Curve._made_of(entries) for name, entries in json.loads(file.read_text()).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no curves written by pxp: {error}") from error
 
 
 def pruning_curve(
@@ -257,12 +303,12 @@ def masked_accuracy(
     batch_size: int = 100,
 ) -> float:
     """Accuracy of the masked model, on a replica: faster than :func:`pxp.masked`, and safe in threads."""
-    with _silenced_replica(model, mask) as pruned:
+    with silenced(model, mask) as pruned:
         return accuracy(pruned, data, classes=classes, batch_size=batch_size)
 
 
 @contextmanager
-def _silenced_replica(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
+def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     """The masked model, computed faster: BatchNorm merged, the pruned rows zeroed, and channels last.
 
     What cannot be written into a replica's weights is masked as in :func:`pxp.masked`.

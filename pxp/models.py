@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ class VGG(nn.Module):
     Input float (N, 1, 28, 28), output logits (N, ``num_classes``).
     """
 
+    default_cfg: ClassVar = {"input_size": (1, 28, 28)}  # as timm writes it; tells what to run the network on
     widths = (16, 16, "M", 48, 48, "M", 96, 96, 96, "M")
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -50,6 +52,7 @@ class SmallResNet(ResNet):
     Input float (N, 1, 28, 28), output logits (N, ``num_classes``).
     """
 
+    default_cfg: ClassVar = VGG.default_cfg
     widths = (16, 32, 64, 96)
     blocks = (2, 2, 2, 2)
 

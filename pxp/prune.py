@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,20 +151,28 @@ class Scores(_ByLayer):
         rate: float | None = None,
         *,
         count: int | None = None,
+        flops: float | None = None,
+        parameters: float | None = None,
+        latency: float | None = None,
         by: str = "magnitude",
         order: str = "least",
         scope: str = "global",
         min_keep: int = 0,
         cost: str | None = None,
+        model: nn.Module | None = None,
+        example: Tensor | None = None,
     ) -> Mask:
-        """Choose the components to prune.
+        """Choose the components to prune: give one of ``rate``, ``count`` and the three budgets.
 
         Parameters
         ----------
         rate : float
             Fraction to prune, in [0, 1]; the number is rounded to the nearest integer.
         count : int
-            Number to prune, instead of ``rate``; with ``scope="layer"`` in every layer.
+            Number to prune; with ``scope="layer"`` in every layer.
+        flops, parameters, latency : float
+            A budget: prune as little as it takes until the network that :func:`pxp.compact` makes has at most this
+            share of the model's operations, of its parameters, or of its measured seconds.
         by : {"magnitude", "signed"}
             ``"magnitude"``: relevance near zero goes first. ``"signed"``: the most negative goes first.
         order : {"least", "most"}
@@ -173,10 +182,15 @@ class Scores(_ByLayer):
         min_keep : int, default 0
             Components that every layer keeps whatever the rate; prevents a dead layer. The rate is then not reached
             where too little is left to prune.
-        cost : {"parameters", "flops"}, optional
-            Rank by score per cost, and prune until ``rate`` of the whole cost is saved (never more). This is how kinds
-            of different size, such as heads and neurons, are pruned together. What a component costs is the attribute
-            of :class:`pxp.components.Layer` of this name. Default: every component counts the same.
+        cost : {"parameters", "flops", "latency"}, optional
+            Rank by score per cost. This is how kinds of different size, such as heads and neurons, are pruned together.
+            Parameters and operations of a component are the attributes of :class:`pxp.components.Layer`, latency is
+            the measured time of its layer divided by the layer's size. With ``rate``, as many are pruned as save this
+            share of the whole cost (never more). With a budget, the costs are updated as a layer's inputs go. Default:
+            every component counts the same.
+        model, example : optional
+            For budgets and ``cost="latency"``: the model, by default the one that the components were found in; and a
+            batch of its inputs, as for :func:`pxp.compact`.
 
         Returns
         -------
@@ -186,21 +200,25 @@ class Scores(_ByLayer):
         Raises
         ------
         ValueError
-            A value that is not among the allowed ones; both or neither of ``rate`` and ``count``, or ``count`` with
-            ``cost``; components that cost nothing.
+            A value that is not among the allowed ones; none or several of ``rate``, ``count`` and the budgets;
+            ``count`` with ``cost``; a budget per cost with ``scope="layer"``; components that cost nothing; a budget
+            that cannot be reached; the model is needed and gone; as :func:`pxp.compact`.
         """
         for name, value, allowed in (
-            ("cost", cost, (None, "parameters", "flops")),
+            ("cost", cost, (None, "parameters", "flops", "latency")),
             ("by", by, ("magnitude", "signed")),
             ("order", order, ("least", "most")),
             ("scope", scope, ("global", "layer")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        if (rate is None) == (count is None):
-            raise ValueError("give either rate or count")
-        if rate is not None and not 0 <= rate <= 1:
-            raise ValueError(f"rate must be in [0, 1], got {rate}")
+        shares = {"rate": rate, "flops": flops, "parameters": parameters, "latency": latency}
+        given = {name: value for name, value in shares.items() if value is not None}
+        if len(given) + (count is not None) != 1:
+            raise ValueError("give exactly one of rate, count, flops, parameters and latency")
+        for quantity, share in given.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{quantity} must be in [0, 1], got {share}")
         if count is not None and cost is not None:
             raise ValueError("count says how many, so a cost has no meaning beside it; give a rate")
         if count is not None and not 0 <= count <= self.units.total:
@@ -209,10 +227,28 @@ class Scores(_ByLayer):
             raise ValueError(f"min_keep must not be negative, got {min_keep}")
 
         scores = self if by == "magnitude" else self.signed
-        price = {name: float(getattr(layer, cost)) if cost else 1.0 for name, layer in self.units.items()}
+        keys = {name: values if order == "least" else -values for name, values in scores.items()}
+        if "rate" not in given and count is None:
+            if cost is not None and scope == "layer":
+                raise ValueError('score per cost ranks across layers; use scope="global"')
+            from .budget import Budget  # it compacts, and compaction is by masks
+
+            ((quantity, share),) = given.items()
+            budget = Budget(self.units.need_model(model), quantity, share, example)
+            if cost is not None:
+                return budget.per_cost(keys, self.units, cost, min_keep)
+            number = self.units.total if scope == "global" else max(layer.size for layer in self.units.values())
+            options: dict[str, Any] = {"by": by, "order": order, "scope": scope, "min_keep": min_keep}
+            return budget.along(lambda step: self.select(step / number, **options), number)
+
+        price = {name: float(getattr(layer, cost or "", 1)) for name, layer in self.units.items()}
+        if cost == "latency":
+            from .budget import latencies
+
+            price = latencies(self.units.need_model(model), self.units, example)
         if 0 in price.values():
             raise ValueError(f"{cost} of these layers are unknown: {', '.join(n for n, p in price.items() if p == 0)}")
-        keys = {name: (1 if order == "least" else -1) * values / price[name] for name, values in scores.items()}
+        keys = {name: values / price[name] for name, values in keys.items()}
         groups = [list(keys)] if scope == "global" else [[name] for name in keys]
         kept: dict[str, Tensor] = {}
         for names in groups:
@@ -220,16 +256,15 @@ class Scores(_ByLayer):
             prices = torch.cat([torch.full((len(keys[name]),), price[name], dtype=torch.float64) for name in names])
             number = len(key)
             if min_keep:
-                # the last of each layer to be pruned are not pruned at all
-                guarded = torch.cat([_last(keys[name], min_keep) for name in names])
-                key = key.masked_fill(guarded, torch.inf)
-                number = int((~guarded).sum())
+                stays = torch.cat([guarded(keys[name], min_keep) for name in names])
+                key = key.masked_fill(stays, torch.inf)
+                number = int((~stays).sum())
             queue = torch.argsort(key, stable=True)
             if cost is None:
                 number = min(number, round(rate * len(key)) if rate is not None else count or 0)
             elif rate is not None:
-                budget = rate * float(prices.sum()) * (1 + 1e-12)
-                number = min(number, int((prices[queue].cumsum(0) <= budget).sum()))
+                limit = rate * float(prices.sum()) * (1 + 1e-12)
+                number = min(number, int((prices[queue].cumsum(0) <= limit).sum()))
             keep = torch.ones(len(key), dtype=torch.bool)
             keep[queue[:number]] = False
             kept |= dict(zip(names, keep.split([len(keys[name]) for name in names]), strict=True))
@@ -267,10 +302,11 @@ class Scores(_ByLayer):
         return "\n".join(rows)
 
 
-def _last(key: Tensor, number: int) -> Tensor:
-    guarded = torch.zeros(len(key), dtype=torch.bool)
-    guarded[torch.argsort(key, stable=True)[max(0, len(key) - number) :]] = True
-    return guarded
+def guarded(key: Tensor, number: int) -> Tensor:
+    """The last of a layer to be pruned, which a minimum per layer keeps: bool, as ``key``."""
+    found = torch.zeros(len(key), dtype=torch.bool)
+    found[torch.argsort(key, stable=True)[max(0, len(key) - number) :]] = True
+    return found
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .attribute import Criterion, attribute
 from .components import Components
-from .data import ASSETS, batches
+from .data import batches, shipped_file
 from .evaluate import Curve, pruning_curve
 from .space import as_criterion
 
@@ -175,11 +175,7 @@ def load_study(path: str | Path) -> optuna.Study:
     import optuna
     from optuna.distributions import json_to_distribution
 
-    folder = ASSETS / "studies"
-    file = next((p for p in (Path(path), folder / f"{path}.json") if p.is_file()), None)
-    if file is None:
-        shipped = ", ".join(sorted(repr(p.stem) for p in folder.glob("*.json")))
-        raise FileNotFoundError(f"no file {path} and no shipped study of this name; shipped: {shipped}")
+    file = shipped_file(path, "studies")
     try:
         content = json.loads(file.read_text())
         known = {name: json_to_distribution(json.dumps(each)) for name, each in content["distributions"].items()}

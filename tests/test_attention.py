@@ -19,7 +19,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import pxp
 from pxp.attention import Attention, AttentionRule, make_softmax_rule
-from pxp.evaluate import _silenced_replica
+from pxp.evaluate import silenced
 from pxp.replica import replica
 
 CONV = {"epsilon": 0.0, "gamma": 0.25}
@@ -558,7 +558,7 @@ def test_listed_models_at_full_size(name, untouched):
         with pxp.masked(model, mask):
             pruned = model(images)
         assert mask.kept == units.total - round(0.2 * units.total) and relative(pruned, before) > 1e-4
-        with _silenced_replica(model, mask) as twin:
+        with silenced(model, mask) as twin:
             assert relative(twin(images), pruned) < 1e-3
         assert torch.equal(model(images), before)
     with torch.inference_mode():
@@ -669,7 +669,7 @@ def test_a_mask_reaches_torchs_fast_encoder(untouched):
                 for index in range(3):
                     with pxp.masked(model, only(units, layer, index)):
                         found = model(x)
-                    with _silenced_replica(model, only(units, layer, index)) as twin, torch.no_grad():
+                    with silenced(model, only(units, layer, index)) as twin, torch.no_grad():
                         assert relative(found.detach(), twin(x)) < 1e-12
                     assert relative(found.detach(), before.detach()) > 1e-6
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pxp
-from pxp.evaluate import RATES, _silenced_replica
+from pxp.evaluate import RATES, silenced
 from pxp.models import VGG, SmallResNet
 
 
@@ -123,9 +123,9 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
     # not only as many hits: the same logits
     mask = scores.select(0.3)
     model.double().eval()
-    with pxp.masked(model, mask), _silenced_replica(model, mask) as fast, torch.no_grad():
+    with pxp.masked(model, mask), silenced(model, mask) as fast, torch.no_grad():
         torch.testing.assert_close(fast(images.double()), model(images.double()), rtol=1e-9, atol=1e-9)
-    with _silenced_replica(model, mask) as fast, pxp.masked(model, mask), torch.no_grad():
+    with silenced(model, mask) as fast, pxp.masked(model, mask), torch.no_grad():
         torch.testing.assert_close(fast(images.double()), model(images.double()), rtol=1e-9, atol=1e-9)
 
 
@@ -211,6 +211,19 @@ def test_curve_file_and_repr(tmp_path):
         pxp.Curve((0, 0.5), ((1.0,),))
     with pytest.raises(ValueError, match="every run"):
         pxp.Curve((0, 0.5), ())
+
+
+def test_files_of_several_curves(tmp_path):
+    path = tmp_path / "curves.json"
+    curves = {"LRP": CURVE, 'a "quoted" name': pxp.Curve((0.0,), ((0.4,),))}
+    pxp.save_curves(curves, path)
+    assert pxp.load_curves(path) == curves and list(pxp.load_curves(str(path))) == list(curves)
+    for text in ("", "[]", '{"LRP": {}}', '{"LRP": 3}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"curves\.json holds no curves written by pxp"):
+            pxp.load_curves(path)
+    with pytest.raises(FileNotFoundError, match="no file nothing and nothing shipped of this name; shipped curves: "):
+        pxp.load_curves("nothing")
 
 
 # --- comparison --------------------------------------------------------------------------------------------------

@@ -624,7 +624,7 @@ def test_damaged_files(tmp_path, text):
 
 
 def test_missing_files(ready):
-    with pytest.raises(FileNotFoundError, match="no file nothing and no shipped study of this name; shipped: "):
+    with pytest.raises(FileNotFoundError, match="no file nothing and nothing shipped of this name; shipped studies: "):
         pxp.load_study("nothing")
     with pytest.raises(ValueError, match="no study made by pxp"):
         pxp.tuned_curve(optuna.create_study(), *ready)
