@@ -36,7 +36,12 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=100, help="of the whole study")
     add("--space", choices=("paper", "extended"), default="paper")
     add("--sampler", choices=("tpe", "gp", "random", "grid"), default="tpe")
-    add("--objective", nargs="+", default=["a_pr"], help="a_pr, accuracy@RATE, flops@SHARE, parameters@SHARE")
+    add(
+        "--objective",
+        nargs="+",
+        default=["a_pr"],
+        help="a_pr, accuracy@RATE, flops@SHARE, parameters@SHARE, latency@SHARE",
+    )
     add("--min-keep", type=int, default=0, help="components that every layer keeps")
     add("--prune", action="store_true", help="stop trials whose curve falls below the median of the others")
     add("--seed", type=int, default=None, help="of the sampler; workers that start together need different ones")

@@ -34,7 +34,7 @@ class Budget:
     def __init__(self, model: nn.Module, quantity: str, share: float, example: Tensor | None = None) -> None:
         self.model, self.quantity, self.share = model, quantity, share
         self.images = _batch(model, example)
-        self.allowed = share * self.measured(model)
+        self.dense = self.measured(model)
 
     def measured(self, model: nn.Module) -> float:
         """One figure of :func:`pxp.cost`, without the time that the others take."""
@@ -48,8 +48,12 @@ class Budget:
                 replica(model)(self.images)
         return counter.get_total_flops()
 
+    def left(self, mask: Mask) -> float:
+        """Share of the dense network's cost that the compacted one has."""
+        return self.measured(compact(self.model, mask, example=self.images)) / self.dense
+
     def fits(self, mask: Mask) -> bool:
-        return self.measured(compact(self.model, mask, example=self.images)) <= self.allowed
+        return self.left(mask) <= self.share
 
     def along(self, masks: Callable[[int], Mask], number: int) -> Mask:
         """The first that fits of ``masks(0)``, …, ``masks(number)``, each of which prunes more than the one before."""

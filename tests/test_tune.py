@@ -297,6 +297,30 @@ def test_a_front_of_accuracy_and_cost(ready):
     assert repr(pxp.winner(study, trial=number)[0]) == repr(pxp.LRP(**study.best_trials[0].params))
 
 
+def test_a_front_of_accuracy_and_latency(ready, monkeypatch):
+    """With parameters in place of seconds, which no two runs measure alike."""
+    model, refs, units, data = ready
+    asked = []
+
+    def instead(budget, network):
+        asked.append((budget.quantity, budget.images.shape))
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    monkeypatch.setattr("pxp.budget.Budget.measured", instead)
+    study = search(ready, 3, objective=["a_pr", "latency@0.2"], sampler="random")
+    for trial in study.trials:
+        curve = trial.user_attrs["curve"]
+        best = max(rate for rate, a in zip(RATES, curve, strict=True) if a >= 0.2 * curve[0])
+        mask = pxp.attribute(model, refs, units, pxp.LRP(**trial.params)).select(best)
+        small = pxp.compact(model, mask, example=data[0])
+        left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+        assert trial.values[1] == pytest.approx(1 - left) and trial.values[1] > 0
+    assert set(asked) == {("latency", data[0].shape)}
+    monkeypatch.undo()
+    seconds = search(ready, 1, objective="latency@0.2").best_value
+    assert -1 < seconds < 1
+
+
 @pytest.mark.parametrize("text", ["accuracy", "apr", "a_pr@0.5", "accuracy@2", "flops@x", "latency", ""])
 def test_unknown_objectives(text):
     with pytest.raises(ValueError, match="unknown objective"):
