@@ -43,7 +43,7 @@ def search(name: str, seed: int | None) -> None:
     )
     (ASSETS / "studies").mkdir(exist_ok=True)
     pxp.save_study(study, ASSETS / "studies" / f"{name}.json")
-    print(f"{name}: {len(study.trials)} trials, best {study.best_value:.3f} by {pxp.LRP(**study.best_params)}")
+    print(f"{name}: {len(study.trials)} trials, best {study.best_value:.3f} by {pxp.winner(study)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What else the composites of ``vgg-grid`` are worth: ``python benchmarks/settings.py``.
 
-Writes ``pxp/assets/studies/vgg-settings.npz``, whose rows are the 256 trials with absolute scores, in their order:
+Writes ``pxp/assets/studies/vgg-settings.npz``. Its rows are the 64 trials with absolute scores whose low group has the
+middle group's rule (the low group's rule changes few scores), in the study's order:
 
-``trial``           int64 (256,): number of the trial
-``tune``, ``eval``  uint8 (256, 500): at how many of the 20 pruning rates an image is classified correctly; the images
+``trial``           int64 (64,): number of the trial
+``tune``, ``eval``  uint8 (64, 500): at how many of the 20 pruning rates an image is classified correctly; the images
                     are the study's tuning images, and 50 per class that it has not seen
-``flipping``        float32 (256,): how faithful the composite's heatmaps are (symmetric relevance gain, see below)
+``flipping``        float32 (64,): how faithful the composite's heatmaps are (symmetric relevance gain, see below)
 
 Faithfulness in input space is pixel flipping: the lit pixels of 100 unseen images are made black in 20 steps, once the
 most relevant first and once the least relevant first; the gain is the difference of the two mean probabilities of the
@@ -49,7 +50,11 @@ def main() -> None:
     seen, unseen = pxp.reference_samples(data.tune, per_class=50), pxp.reference_samples(data.eval, per_class=50)
     images = (torch.cat([seen[0], unseen[0]]), torch.cat([seen[1], unseen[1]]))
     few, targets = pxp.reference_samples(data.eval, per_class=10)
-    trials = [trial for trial in pxp.load_study("vgg-grid").trials if trial.params["absolute"] == "token"]
+    trials = [
+        trial
+        for trial in pxp.load_study("vgg-grid").trials
+        if trial.params["absolute"] == "token" and trial.params["low"] == trial.params["middle"]
+    ]
     known: dict[bytes, torch.Tensor] = {}
     counts, flipping = [], []
     for trial in tqdm(trials):

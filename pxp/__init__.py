@@ -9,7 +9,7 @@ from .attribute import attribute, heatmap
 from .compact import compact, load_compact, save_compact
 from .components import Components, find_components
 from .composites import LRP, depth_groups
-from .cost import Cost, cost
+from .cost import Cost, compare_costs, cost
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
 from .data import load_dataset, reference_samples
 from .evaluate import Comparison, Curve, accuracy, compare, load_curves, pruning_curve, save_curves
@@ -50,6 +50,7 @@ __all__ = [
     "attribute",
     "compact",
     "compare",
+    "compare_costs",
     "cost",
     "depth_groups",
     "find_components",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .cost import Cost
     from .evaluate import Curve
     from .prune import Mask, Scores
 
@@ -113,6 +114,76 @@ def kept_per_layer(named: Mapping[str, Mask], ax: Axes | None = None) -> Axes:
     if len(named) > 1:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=min(3, len(named)))
     return ax
+
+
+def styled(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Draw with a function that brings a style of its own, and give its figure the book's.
+
+    Parameters
+    ----------
+    draw : callable
+        Such as those of ``optuna.visualization.matplotlib``, which switch matplotlib to another style.
+    *args, **kwargs
+        For ``draw``.
+
+    Returns
+    -------
+    Axes or array of Axes
+        What ``draw`` returns; matplotlib's own settings are left as they were.
+    """
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context():
+        drawn = draw(*args, **kwargs)
+    figure = np.ravel(drawn)[0].figure
+    figure.set(facecolor="white", size_inches=STYLE["figure.figsize"], layout_engine="constrained")
+    for ax in figure.axes:
+        ax.set_facecolor("white")
+        ax.grid(visible=True, color=STYLE["grid.color"])
+        ax.set_axisbelow(True)
+        for side, spine in ax.spines.items():
+            spine.set(visible=side in ("left", "bottom"), color="black")
+        ax.tick_params(colors="black", labelsize=STYLE["font.size"])
+        for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+            text.set(color="black", fontsize=STYLE["axes.labelsize"])
+        if ax.get_legend() is not None:
+            ax.get_legend().set(frame_on=False)
+    return drawn
+
+
+def costs(named: Mapping[str, Cost]) -> Figure:
+    """Costs side by side: what they are of the first one's, and the operations of every layer.
+
+    Parameters
+    ----------
+    named : mapping of str to Cost
+        Legend label → cost, such as those of the dense, the masked and the compacted network.
+
+    Returns
+    -------
+    Figure
+    """
+    import matplotlib.pyplot as plt
+
+    parts = {"parameters": "parameters", "FLOPs": "flops", "activations": "memory", "time": "latency"}
+    first, layers = next(iter(named.values())), list(dict.fromkeys(n for c in named.values() for n in c.layers))
+    width = 0.8 / len(named)
+    with plt.rc_context(STYLE):
+        figure, (total, each) = plt.subplots(2, 1, figsize=(7, 6))
+    for index, (label, cost) in enumerate(named.items()):
+        shift = (index - (len(named) - 1) / 2) * width
+        style = {"width": width, "color": COLORS[index % len(COLORS)]}
+        shares = [100 * getattr(cost, part) / getattr(first, part) for part in parts.values()]
+        total.bar(np.arange(len(parts)) + shift, shares, label=label, **style)
+        each.bar(np.arange(len(layers)) + shift, [cost.layers.get(name, 0) / 1e6 for name in layers], **style)
+    total.set_xticks(np.arange(len(parts)), list(parts))
+    total.set_ylabel(f"of {next(iter(named))} (%)")
+    each.set_xticks(np.arange(len(layers)), layers, rotation=60, ha="right", fontsize=10)
+    each.set(ylabel="MFLOPs", xlabel="layer, in the order of execution")
+    for ax in (total, each):
+        ax.grid(axis="x", visible=False)
+    figure.legend(loc="outside upper center", ncols=len(named), frameon=False)
+    return figure
 
 
 def scores_per_layer(scores: Scores, ax: Axes | None = None, *, signed: bool = False) -> Axes:

@@ -32,7 +32,29 @@ def test_a_mask_saves_nothing_and_compaction_does(untouched):
     small = pxp.cost(pxp.compact(model, mask, example=x), x, seconds=0.01)
     assert silenced.flops == dense.flops and silenced.parameters == dense.parameters
     assert small.flops < 0.5 * dense.flops and small.bytes < 0.5 * dense.bytes and small.memory <= dense.memory
-    assert set(small.layers) <= set(dense.layers)
+    assert set(small.layers) <= set(dense.layers) and sum(small.layers.values()) == small.flops
+    assert sum(dense.layers.values()) == dense.flops
+    table = pxp.compare_costs({"dense": dense, "masked": silenced, "compact": small})
+    rows = {line[: line.rindex("  ")].split("  ")[0] or line.split()[0]: line.split() for line in table.splitlines()}
+    assert rows["dense"] == ["dense", "masked", "compact"]
+    assert rows["parameters"][1:] == [f"{dense.parameters:,}"] * 2 + [f"{small.parameters:,}"]
+    counted = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.startswith("  ")}
+    for name, flops in dense.layers.items():
+        assert counted[name] == [f"{flops / 1e6:.1f}"] * 2 + [f"{small.layers.get(name, 0) / 1e6:.1f}"]
+    figure = pxp.plots.costs({"dense": dense, "compact": small})
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights[:4] == [100] * 4 and heights[4] == pytest.approx(100 * small.parameters / dense.parameters)
+    assert [bar.get_height() * 1e6 for bar in figure.axes[1].patches[: len(dense.layers)]] == pytest.approx(
+        list(dense.layers.values())
+    )
+
+
+def test_only_equal_batches_are_compared():
+    model = pxp.load_model("vit")
+    one, two = (pxp.cost(model, torch.rand(n, 1, 28, 28), seconds=0.001) for n in (1, 2))
+    for named, shown in (({}, r"\[\]"), ({"a": one, "b": two}, r"\[1, 2\]")):
+        with pytest.raises(ValueError, match=f"costs of one batch size are comparable, got {shown}"):
+            pxp.compare_costs(named)
 
 
 def test_the_operations_of_attention_are_counted():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -82,3 +84,18 @@ def test_only_use_style_changes_the_users_settings():
     assert dict(plt.rcParams) == before
     pxp.plots.use_style()
     assert dict(plt.rcParams) != before
+
+
+def test_a_figure_of_another_library_gets_the_books_style():
+    import optuna
+
+    pxp.plots.use_style()
+    before = dict(plt.rcParams)
+    study = pxp.load_study("vit-heads-tpe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        ax = pxp.plots.styled(optuna.visualization.matplotlib.plot_optimization_history, study)
+    assert dict(plt.rcParams) == before
+    assert ax.get_facecolor() == (1, 1, 1, 1) and not ax.spines["top"].get_visible()
+    assert tuple(ax.figure.get_size_inches()) == pxp.plots.STYLE["figure.figsize"]
+    assert ax.collections[0].get_offsets()[:, 1].tolist() == [trial.value for trial in study.trials]
