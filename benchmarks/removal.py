@@ -261,7 +261,7 @@ def table(names: list[str], batch: int, repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="ResNet-18 only, three repeats")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 only, seven repeats")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"default: all of {'; '.join(ROWS)}")
     parser.add_argument("--batch", type=int, default=2)
     arguments = parser.parse_args()
@@ -272,4 +272,4 @@ if __name__ == "__main__":
         peer = "is not installed: pip install torch-pruning==1.6.1"
     print(f"torch {torch.__version__}, Torch-Pruning {peer}")
     rows = [name for name in ROWS if "resnet18" in name] if arguments.quick else list(ROWS)
-    table(arguments.rows or rows, arguments.batch, 3 if arguments.quick else 7)
+    table(arguments.rows or rows, arguments.batch, 7 if arguments.quick else 21)

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .attention import Attention, without_heads
+from .compact import compact
 from .data import batches, shipped_file
 from .prune import Mask, Scores, masked
 from .replica import evaluating, fold_batch_norm, replica
 
+WORTH_COMPACTING = 200  # images whose work is saved
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
 
 
@@ -302,9 +304,32 @@ def masked_accuracy(
     classes: Sequence[int] | None = None,
     batch_size: int = 100,
 ) -> float:
-    """Accuracy of the masked model, on a replica: faster than :func:`pxp.masked`, and safe in threads."""
+    """Accuracy of the masked model, on a replica or compacted: faster than :func:`pxp.masked`, and safe in threads."""
+    small = _compacted(model, mask, data)
+    if small is not None:
+        return accuracy(small, data, classes=classes, batch_size=batch_size)
     with silenced(model, mask) as pruned:
         return accuracy(pruned, data, classes=classes, batch_size=batch_size)
+
+
+def _compacted(model: nn.Module, mask: Mask, data: tuple[Tensor, Tensor] | DataLoader | Dataset) -> nn.Module | None:
+    """The smaller network, where it saves more time than it takes to make.
+
+    That is so for filters, if there are images enough; in a transformer heads and neurons are too little of the work.
+    The decision depends on no clock, so that results are repeatable.
+    """
+    if not isinstance(data, tuple) or any(layer.kind != "filter" for layer in mask.units.values()):
+        return None
+    images = data[0]
+    work = {name: layer.flops * layer.size for name, layer in mask.units.items()}
+    gone = sum(work[name] * float((~kept).double().mean()) for name, kept in mask.items())
+    if len(images) * gone < WORTH_COMPACTING * sum(work.values()):
+        return None
+    try:
+        small = compact(model, mask, example=images[:1])
+    except Exception:  # whatever hinders it, masking gives the same
+        return None
+    return small.to(memory_format=torch.channels_last) if images.ndim == 4 else small
 
 
 @contextmanager
