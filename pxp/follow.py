@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,6 +76,10 @@ class _Flow:
 class Tracer(fx.Tracer):
     """Stops at what the algorithm treats as one operation."""
 
+    def __init__(self) -> None:
+        timm = sys.modules.get("timm.layers")  # whose models of dynamic size compute with the image's shape
+        super().__init__(autowrap_functions=() if timm is None else (timm.resample_abs_pos_embed,))
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = isinstance(m, Attention) or is_activation(m) or type(m).__name__ in (*IDENTITIES, "LayerScale")
         return known or super().is_leaf_module(m, module_qualified_name)
@@ -103,6 +108,13 @@ class Compactor:
                     self.sites.setdefault(site, []).append(name)
 
     def run(self) -> fx.GraphModule:
+        called = {node.target for node in self.old.nodes if node.op == "call_module"}
+        heads = {
+            name: [name] for name, kept in self.mask.items() if self.mask.units[name].kind == "head" and not kept.all()
+        }
+        for site, names in (self.sites | heads).items():
+            if site not in called:
+                raise ValueError(f"{names[0]!r} lies inside a module that cannot be traced, so it cannot be cut")
         for node in self.old.nodes:
             self.flows[node] = self._node(node)
         made = fx.GraphModule(self.root, self.new, class_name=type(self.twin).__name__)
@@ -494,7 +506,7 @@ class Compactor:
 
     def _flatten(self, node: fx.Node, x: _Flow) -> Any:
         if x.dim != 1:
-            return self._whole(node, (x, 1), {})
+            return self._whole(node, (x,) if node.op == "call_module" else (x, 1), {})
         places = math.prod(x.shape[2:])
         live = (x.live[:, None] * places + torch.arange(places, device=x.live.device)).flatten()
         flat = None if x.node is None else self.new.call_function(torch.flatten, (x.node, 1))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import pxp
 from pxp.channels import Constant, Expand, Join, Select
+from pxp.follow import Compactor
 
 
 def drawn(units: pxp.Components, rate: float, seed: int = 0) -> pxp.Mask:
@@ -229,6 +230,19 @@ class Shared(nn.Module):
         return self.fc(self.twice(F.gelu(self.twice(torch.relu(self.stem(x))))).amax((2, 3)))
 
 
+class Switched(nn.Module):
+    """One convolution that runs twice, each time with a BatchNorm of its own: neither can be merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+        self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(self.twice(F.relu(self.stem(x)))))
+        return self.fc(self.second(self.twice(x)).mean((2, 3)))
+
+
 class Gated(nn.Module):
     """A gate whose pruned channels are not 0 but σ(0), an average with a border, and a maximum over channels."""
 
@@ -244,7 +258,7 @@ class Gated(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("make", [Raw, Shared, Gated])
+@pytest.mark.parametrize("make", [Raw, Shared, Switched, Gated])
 @pytest.mark.parametrize("rate", [0.3, 0.7, 1])
 def test_hard_structures(make, rate):
     torch.manual_seed(0)
@@ -372,3 +386,58 @@ def test_heads_that_cannot_be_taken_out_are_named():
     kept = {name: torch.tensor([True, False, True]) for name in units}
     with pytest.raises(ValueError, match=r"single heads of 'blocks\.0\.attn' cannot be taken out: it normalises"):
         pxp.compact(model, pxp.Mask(units, kept))
+
+
+def test_layers_inside_an_untraced_module_are_named():
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 3), nn.Flatten(2), nn.TransformerEncoderLayer(9, 3, 16, batch_first=True), nn.Flatten(),
+        nn.Linear(72, 4),
+    ).eval()  # fmt: skip
+    x = torch.rand(2, 1, 9, 9)
+    heads = drawn(pxp.find_components(model, "head", example=x), 0.5)
+    with pytest.raises(ValueError, match=r"'2\.self_attn' lies inside a module that cannot be traced, so it cannot be cut"):
+        pxp.compact(model, heads, example=x)
+    filters = drawn(pxp.find_components(model, "filter", example=x), 0.5)
+    assert difference(model, filters, pxp.compact(model, filters, example=x), x) < 1e-6
+
+
+@pytest.mark.parametrize("harm", [lambda weight: weight.mul_(1.01), lambda weight: weight.fill_(torch.nan)])
+def test_a_misread_structure_is_noticed(harm, monkeypatch):
+    model, x, _, units = network("vgg")
+    run = Compactor.run
+
+    def misread(compactor):
+        small = run(compactor)
+        with torch.no_grad():
+            harm(next(small.parameters()))
+        return small
+
+    monkeypatch.setattr(Compactor, "run", misread)
+    with pytest.raises(ValueError, match="has a structure that compaction does not understand"):
+        pxp.compact(model, drawn(units, 0.3), example=x)
+
+
+def test_flattening_behind_tokens():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)).eval()
+    x = torch.rand(2, 3, 4)
+    mask = drawn(pxp.find_components(model, "neuron", example=x), 0.5)
+    assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-6
+
+
+def test_in_inference_mode():
+    model, x, _, units = network("resnet")
+    mask = drawn(units, 0.5)
+    with torch.inference_mode():
+        small = pxp.compact(model, mask, example=x)
+    assert difference(model, mask, small, x) < 1e-10 and next(small.parameters()).requires_grad
+
+
+def test_a_transformer_of_dynamic_size():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, dynamic_img_size=True).eval()
+    units = pxp.find_components(model, ("head", "neuron"), example=torch.rand(1, 3, 32, 32))
+    mask = drawn(units, 0.5)
+    small = pxp.compact(model, mask, example=torch.rand(1, 3, 32, 32))
+    for side in (32, 64):
+        assert difference(model, mask, small, torch.rand(2, 3, side, side)) < 1e-5
