@@ -114,9 +114,11 @@ def tuned_curve(
     )  # fmt: skip
 
 
-def _reports(curve: Sequence[float]) -> dict[int, float]:
-    """What a trial with this curve reports while it grows: step → mean so far."""
-    return {step: sum(curve[: step + 1]) / (step + 1) for step in range(len(curve))}
+def _reports(curve: Sequence[float], about: dict) -> dict[int, float]:
+    """What a trial with this curve reported while it grew: step → area so far."""
+    if about.get("objective") != ["a_pr"]:
+        return {}
+    return {step: sum(curve[: step + 1]) / len(about["rates"]) for step in range(len(curve))}
 
 
 def fingerprints(images: Tensor) -> list[str]:
@@ -185,7 +187,7 @@ def load_study(path: str | Path) -> optuna.Study:
                 params=trial["params"],
                 distributions={name: known[name] for name in trial["params"]},
                 values=trial["values"],
-                intermediate_values=_reports(trial["attrs"].get("curve", [])),
+                intermediate_values=_reports(trial["attrs"].get("curve", []), content["attrs"].get("pxp", {})),
                 user_attrs=trial["attrs"],
             )
             for trial in content["trials"]

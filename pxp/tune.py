@@ -138,7 +138,8 @@ class _Trials:
             for step, rate in enumerate(self.measured):
                 curve[rate] = self.accuracy(masks[rate])
                 if len(self.objectives) == 1 and self.objectives[0].quantity == "a_pr":
-                    trial.report(sum(curve.values()) / len(curve), step)
+                    # an area that only grows: pruners compare the best value so far, and a mean would begin at its best
+                    trial.report(sum(curve.values()) / len(self.measured), step)
                     if trial.should_prune():
                         raise optuna.TrialPruned()
         finally:
@@ -259,7 +260,7 @@ def tune(
         ``"tpe"`` (the default); ``"gp"``, a Gaussian process as in the paper; ``"grid"``, every setting of a finite
         space once.
     pruner : Optuna pruner, optional
-        Stops hopeless trials by the growing curve's mean; default none. Single objective ``"a_pr"`` only.
+        Stops hopeless trials by the area under the curve so far; default none. Single objective ``"a_pr"`` only.
     storage : str or Optuna storage, optional
         Default in memory. A path that ends in ``.journal``, for several processes on one machine; or any database URL
         of Optuna's: ``sqlite:///study.db``, ``postgresql+psycopg://…`` for many machines. In a database a worker's

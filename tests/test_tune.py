@@ -197,10 +197,22 @@ def test_pruners_see_the_growing_curve(ready):
     study = search(ready, 4, pruner=AfterTwoRates(), space={"absolute": ["token", "never"]}, sampler="random")
     whole, *stopped = study.trials
     assert whole.state == TrialState.COMPLETE
-    means = [sum(whole.user_attrs["curve"][: i + 1]) / (i + 1) for i in range(3)]
-    assert list(whole.intermediate_values.values()) == pytest.approx(means)
+    areas = [sum(whole.user_attrs["curve"][: i + 1]) / 3 for i in range(3)]
+    assert list(whole.intermediate_values.values()) == pytest.approx(areas) and areas[-1] == pytest.approx(whole.value)
     others = [t for t in stopped if t.params != whole.params]
     assert others and all(t.state == TrialState.PRUNED and len(t.user_attrs["curve"]) == 2 for t in others)
+
+
+def test_the_median_pruner_stops_what_falls_behind(ready):
+    """Rates go up and accuracy down, so a mean of the curve so far would never be below its own first value."""
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
+    study = search(ready, 8, space={**FEW, "fc": ["epsilon", "zplus"]}, pruner=pruner, sampler="grid")
+    stopped = [t for t in study.trials if t.state == TrialState.PRUNED]
+    assert stopped and len(stopped) < 7
+    for trial in stopped:
+        step = trial.last_step
+        others = [t.intermediate_values[step] for t in study.trials[: trial.number] if t.state == TrialState.COMPLETE]
+        assert trial.intermediate_values[step] < sorted(others)[len(others) // 2]
 
 
 class Gives(Hook):
