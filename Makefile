@@ -55,6 +55,7 @@ notebooks: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/removal.py
 
 train: .venv/.installed
 	$(BIN)/python -m pxp.train vgg resnet vit $(addprefix --root ,$(ROOT))

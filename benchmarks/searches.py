@@ -18,6 +18,7 @@ from pxp.data import ASSETS
 SEARCHES = {
     "vgg-grid": ("vgg", "filter", "paper", "grid", None),
     "resnet-tpe": ("resnet", "filter", "paper", "tpe", 60),
+    "resnet-gp": ("resnet", "filter", "paper", "gp", 60),
     "vit-heads-tpe": ("vit", "head", "paper", "tpe", 60),
     "vit-neurons-tpe": ("vit", "neuron", "paper", "tpe", 60),
     "vgg-extended": ("vgg", "filter", "extended", "tpe", 60),
