@@ -56,8 +56,6 @@ def curves_of(task: str) -> dict[str, Callable[[], pxp.Curve]]:
         return fixed(criterion, **options)
 
     wanted: dict[str, Callable[[], pxp.Curve]] = {"tuned": partial(tuned, study)}
-    if task == "resnet":
-        wanted["tuned, Gaussian process"] = partial(tuned, "resnet-gp")
     if extended:
         wanted["tuned, extended space"] = partial(tuned, extended)
     for rule in ("epsilon", "zplus", "gamma", "alpha2beta1"):

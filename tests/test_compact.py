@@ -395,7 +395,9 @@ def test_layers_inside_an_untraced_module_are_named():
     ).eval()  # fmt: skip
     x = torch.rand(2, 1, 9, 9)
     heads = drawn(pxp.find_components(model, "head", example=x), 0.5)
-    with pytest.raises(ValueError, match=r"'2\.self_attn' lies inside a module that cannot be traced, so it cannot be cut"):
+    with pytest.raises(
+        ValueError, match=r"'2\.self_attn' lies inside a module that cannot be traced, so it cannot be cut"
+    ):
         pxp.compact(model, heads, example=x)
     filters = drawn(pxp.find_components(model, "filter", example=x), 0.5)
     assert difference(model, filters, pxp.compact(model, filters, example=x), x) < 1e-6
