@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import pxp
 from pxp.data import ASSETS
-from pxp.evaluate import RATES, hits, silenced
+from pxp.evaluate import RATES
+from pxp.sweep import hits, silenced
 
 STEPS = 20
 

@@ -9,14 +9,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from zennit.core import Composite
 
 from .components import Components, Layer, trace_model
 from .composites import LRP, LayerComposite
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
-from .data import batches
+from .data import Data, batches
 from .prune import Scores
 from .replica import Trace, fold_batch_norm, replica
 
@@ -26,7 +25,7 @@ EPSILON = LRP("epsilon")
 
 def attribute(
     model: nn.Module,
-    refs: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    refs: Data,
     units: Components,
     criterion: Criterion,
     *,

@@ -67,10 +67,16 @@ class Join(nn.Module):
         self.size, self.dim = size, dim
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        # where the channels lie last in memory they are indexed there, which is much faster and keeps that layout
+        last = self.dim == 1 and x.ndim == 4 and not x.is_contiguous()
+        dim = -1 if last else self.dim
+        x, y = (part.movedim(1, -1) if last else part for part in (x, y))
         if self.first is not None:
-            whole = x.new_zeros(*x.shape[: self.dim], self.size, *x.shape[self.dim + 1 :])
-            x = whole.index_copy(self.dim, self.first, x)
-        return x.index_add(self.dim, self.second, y)
+            shape = list(x.shape)
+            shape[dim] = self.size
+            x = x.new_zeros(shape).index_copy(dim, self.first, x)
+        x = x.index_add(dim, self.second, y)
+        return x.movedim(-1, 1) if last else x
 
 
 class Affine(nn.Module):

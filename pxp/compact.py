@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from .components import example_input
+from .components import Components, example_input
 from .follow import Compactor, Tracer
 from .models import load_model
 from .prune import Mask, load_tensors, masked, save_tensors
@@ -50,45 +52,85 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
-    mask.units.check(model)
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"{name!r} carries forward hooks, which a smaller network cannot keep; remove them first")
-    images = example_input(model, example)
+    blueprint = Blueprint(model, mask.units, example)
     with torch.inference_mode(False), torch.no_grad():
-        twin = replica(model)
-        fold_batch_norm(twin, mask.units.trace)
-        for name, kept in mask.items():
-            if mask.units[name].kind == "head" and not bool(kept.all()):
-                _check_attention(name, twin.get_submodule(name))
-        try:
-            graph = Tracer().trace(twin)
-            ShapeProp(fx.GraphModule(twin, graph)).propagate(images)
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot be traced, so it cannot be made smaller: {error}"
-            ) from error
-        small = Compactor(twin, graph, mask).run().eval()
+        small = fx.GraphModule(*blueprint.cut(mask), class_name=type(model).__name__).eval()
+        small.graph.eliminate_dead_code()
+        small.graph.lint()
+        small.delete_all_unused_submodules()
+        small.recompile()
         for module in small.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.detach().clone()))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.detach().clone())
-        _check_equal(model, mask, small, images)
-    small.meta["pxp"] = {"mask": mask, "model": getattr(model, "pxp_name", None), "example": list(images.shape)}
+        blueprint.check([mask], (small(blueprint.noise),))
+    example_shape = list(blueprint.images.shape)
+    small.meta["pxp"] = {"mask": mask, "model": getattr(model, "pxp_name", None), "example": example_shape}
     return small
 
 
-def _check_equal(model: nn.Module, mask: Mask, small: nn.Module, images: Tensor) -> None:
-    """Compare with the masked model once: a structure that was misread must not go unnoticed."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(images.shape, generator=generator).to(images)
-    with masked(model, mask), evaluating(model):
-        expected = model(images)
-    found = small(images)
-    tolerance = 1e-2 if images.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    if not float((found - expected).abs().max()) <= tolerance * max(1e-6, float(expected.abs().max())):  # also NaN
-        raise ValueError(f"{type(model).__name__} has a structure that compaction does not understand")
+class Blueprint:
+    """A traced model, from which the network of any mask can be cut; what all masks share is done once.
+
+    Parameters
+    ----------
+    model, example
+        As for :func:`compact`.
+    units : Components
+        Components of ``model``.
+
+    Attributes
+    ----------
+    images : Tensor
+        One input of the shape that was traced.
+    noise : Tensor
+        Random values of that shape; what is made is compared with the masked model on them.
+
+    Raises
+    ------
+    ValueError
+        As :func:`compact`.
+    """
+
+    def __init__(self, model: nn.Module, units: Components, example: Tensor | None = None) -> None:
+        units.check(model)
+        for name, module in model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{name!r} carries forward hooks, which a smaller network cannot keep; remove them first"
+                )
+        self.model, self.images = model, example_input(model, example)
+        generator = torch.Generator().manual_seed(0)
+        self.noise = torch.rand(self.images.shape, generator=generator).to(self.images)
+        with torch.inference_mode(False), torch.no_grad():
+            self.twin = replica(model)
+            fold_batch_norm(self.twin, units.trace)
+            try:
+                self.graph = Tracer().trace(self.twin)
+                ShapeProp(fx.GraphModule(self.twin, self.graph)).propagate(self.images)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(model).__name__} cannot be traced, so it cannot be made smaller: {error}"
+                ) from error
+
+    def cut(self, mask: Mask) -> tuple[dict[str, Any], fx.Graph]:
+        """The parts (name → module or tensor) and the graph of the smaller network; parts may be the model's own."""
+        for name, kept in mask.items():
+            if mask.units[name].kind == "head" and not bool(kept.all()):
+                _check_attention(name, self.twin.get_submodule(name))
+        with torch.inference_mode(False), torch.no_grad():
+            return Compactor(self.twin, self.graph, mask).run()
+
+    def check(self, masks: Sequence[Mask], found: Sequence[Tensor]) -> None:
+        """Compare logits of ``noise`` with the masked model's: a structure that was misread must not go unnoticed."""
+        tolerance = 1e-2 if self.noise.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        for mask, logits in zip(masks, found, strict=True):
+            with masked(self.model, mask), evaluating(self.model), torch.no_grad():
+                expected = self.model(self.noise)
+            off = float((logits - expected).abs().max())
+            if not off <= tolerance * max(1e-6, float(expected.abs().max())):  # also NaN
+                raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
 
 
 def _check_attention(name: str, attention: nn.Module) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+Data: TypeAlias = tuple[Tensor, Tensor] | DataLoader | Dataset
 
 ASSETS = Path(str(files("pxp") / "assets"))
 
@@ -257,7 +259,7 @@ def reference_samples(
     return Split(torch.stack([torch.as_tensor(data[i][0]) for i in index.tolist()]), labels[index].long())
 
 
-def batches(data: tuple[Tensor, Tensor] | Dataset | DataLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over ``data`` in order as (images, labels) batches; a DataLoader keeps its own batches."""
     if isinstance(data, tuple | list) and len(data) == 2:
         images, labels = (torch.as_tensor(part) for part in data)

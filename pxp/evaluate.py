@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 from tqdm.auto import tqdm
 
-from .attention import Attention, without_heads
-from .compact import compact
-from .data import batches, shipped_file
-from .prune import Mask, Scores, masked
-from .replica import evaluating, fold_batch_norm, replica
+from .data import Data, shipped_file
+from .prune import Scores
+from .sweep import Sweep, hits
 
-WORTH_COMPACTING = 200  # images whose work is saved
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
 
 
 def accuracy(
     model: nn.Module,
-    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    data: Data,
     *,
     classes: Sequence[int] | None = None,
     batch_size: int = 256,
@@ -54,45 +48,6 @@ def accuracy(
         No sample (of these classes); a class that the model does not have; an output that is not (batch, classes).
     """
     return float(hits(model, data, classes=classes, batch_size=batch_size).double().mean())
-
-
-@torch.no_grad()
-def hits(
-    model: nn.Module,
-    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
-    *,
-    classes: Sequence[int] | None = None,
-    batch_size: int = 256,
-) -> Tensor:
-    """Which samples are classified correctly, bool (samples,); arguments and errors are those of :func:`accuracy`."""
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    wanted = None if classes is None else torch.as_tensor(list(classes))
-    if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):
-        raise ValueError(f"classes must be distinct class indices, got {list(classes or [])}")
-    if wanted is not None and int(wanted.min()) < 0:
-        raise ValueError(f"class {int(wanted.min())} does not exist: classes are counted from 0")
-    found = []
-    with evaluating(model):
-        for images, labels in batches(data, batch_size):
-            labels = torch.as_tensor(labels)
-            if wanted is not None:
-                members = torch.isin(labels, wanted)
-                images, labels = images[members], labels[members]
-                labels = (labels[:, None] == wanted).int().argmax(1)
-            if len(labels) == 0:
-                continue
-            logits = model(images if reference is None else images.to(reference))
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
-            highest = int(labels.max()) if wanted is None else int(wanted.max())
-            if highest >= logits.shape[1]:
-                raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")
-            chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
-            found.append(chosen.argmax(1).cpu() == labels.cpu())
-    if not found:
-        raise ValueError("there is no sample to evaluate" + ("" if classes is None else f" of classes {list(classes)}"))
-    return torch.cat(found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,7 +189,7 @@ def load_curves(path: str | Path) -> dict[str, Curve]:
 def pruning_curve(
     model: nn.Module,
     scores: Scores | Sequence[Scores],
-    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    data: Data,
     *,
     rates: Sequence[float] = RATES,
     classes: Sequence[int] | None = None,
@@ -280,84 +235,10 @@ def pruning_curve(
         raise ValueError("a pruning curve needs at least one Scores and one rate")
     settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
     masks = [[one.select(rate, **settings) for rate in rates] for one in several]  # type: ignore[arg-type]
-    bar = tqdm(total=len(several) * len(rates), desc="prune", delay=5, leave=False, disable=not progress)
-    known: dict[bytes, float] = {}  # runs share the unpruned network, and sometimes a whole mask
-    runs = []
-    with bar:
-        for row in masks:
-            run = []
-            for mask in row:
-                key = torch.cat(list(mask.values())).numpy().tobytes()
-                if key not in known:
-                    known[key] = masked_accuracy(model, mask, data, classes=classes, batch_size=batch_size)
-                run.append(known[key])
-                bar.update()
-            runs.append(tuple(run))
-    return Curve(tuple(rates), tuple(runs), several[0].criterion, settings)
-
-
-def masked_accuracy(
-    model: nn.Module,
-    mask: Mask,
-    data: tuple[Tensor, Tensor] | DataLoader | Dataset,
-    *,
-    classes: Sequence[int] | None = None,
-    batch_size: int = 100,
-) -> float:
-    """Accuracy of the masked model, on a replica or compacted: faster than :func:`pxp.masked`, and safe in threads."""
-    small = _compacted(model, mask, data)
-    if small is not None:
-        return accuracy(small, data, classes=classes, batch_size=batch_size)
-    with silenced(model, mask) as pruned:
-        return accuracy(pruned, data, classes=classes, batch_size=batch_size)
-
-
-def _compacted(model: nn.Module, mask: Mask, data: tuple[Tensor, Tensor] | DataLoader | Dataset) -> nn.Module | None:
-    """The smaller network, where it saves more time than it takes to make.
-
-    That is so for filters, if there are images enough; in a transformer heads and neurons are too little of the work.
-    The decision depends on no clock, so that results are repeatable.
-    """
-    if not isinstance(data, tuple) or any(layer.kind != "filter" for layer in mask.units.values()):
-        return None
-    images = data[0]
-    work = {name: layer.flops * layer.size for name, layer in mask.units.items()}
-    gone = sum(work[name] * float((~kept).double().mean()) for name, kept in mask.items())
-    if len(images) * gone < WORTH_COMPACTING * sum(work.values()):
-        return None
-    try:
-        small = compact(model, mask, example=images[:1])
-    except Exception:  # whatever hinders it, masking gives the same
-        return None
-    return small.to(memory_format=torch.channels_last) if images.ndim == 4 else small
-
-
-@contextmanager
-def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
-    """The masked model, computed faster: BatchNorm merged, the pruned rows zeroed, and channels last.
-
-    What cannot be written into a replica's weights is masked as in :func:`pxp.masked`.
-    """
-    mask.units.check(model)
-    twin = replica(model)
-    fold_batch_norm(twin, mask.units.trace)
-    modules = dict(twin.named_modules())
-    rest = {name: torch.ones_like(kept) for name, kept in mask.items()}
-    for name, kept in mask.items():
-        layer, sites = modules[name], mask.units[name].site
-        if isinstance(layer, Attention):
-            weight = without_heads(layer.output.weight, kept)
-            layer.output.weight = nn.Parameter(weight, requires_grad=False)
-        elif sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
-            for part, tensor in layer.named_parameters(recurse=False):
-                keep = kept.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
-                setattr(layer, part, nn.Parameter(tensor * keep, requires_grad=False))
-        else:
-            rest[name] = kept
-    if all(p.ndim < 5 for p in twin.parameters()):
-        twin = twin.to(memory_format=torch.channels_last)
-    with masked(twin, Mask(mask.units, rest)):
-        yield twin
+    sweep = Sweep(model, data, classes=classes, batch_size=batch_size)  # runs share the unpruned network, and more
+    with tqdm(desc="prune", unit="image", unit_scale=True, delay=5, leave=False, disable=not progress) as bar:
+        runs = tuple(tuple(sweep.accuracies(row, bar.update)) for row in masks)
+    return Curve(tuple(rates), runs, several[0].criterion, settings)
 
 
 @dataclass(frozen=True, repr=False)

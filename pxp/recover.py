@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .attribute import Criterion, attribute
 from .components import Components
 from .criteria import Magnitude, Random
+from .data import Data
 from .prune import Mask, Scores, masked
 from .replica import evaluating
 from .studies import whole
@@ -21,7 +21,7 @@ from .studies import whole
 
 def prune_gradually(
     model: nn.Module,
-    refs: tuple[Tensor, Tensor] | DataLoader | Dataset,
+    refs: Data,
     units: Components,
     criterion: Criterion,
     rate: float,
@@ -78,7 +78,7 @@ def prune_gradually(
 
 def finetune(
     model: nn.Module,
-    data: tuple[Tensor, Tensor] | Dataset | DataLoader,
+    data: Data,
     *,
     epochs: int = 1,
     teacher: nn.Module | None = None,

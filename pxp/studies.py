@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from .attribute import Criterion, attribute
 from .components import Components
-from .data import batches, shipped_file
+from .data import Data, batches, shipped_file
 from .evaluate import Curve, pruning_curve
 from .space import as_criterion
 
 if TYPE_CHECKING:
     import optuna
 
-Data = tuple[Tensor, Tensor] | DataLoader | Dataset
 SHARED = 0.01  # two splits of one collection may hold a few equal images
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .attribute import Criterion, attribute
@@ -26,15 +25,15 @@ from .budget import Budget
 from .components import Components
 from .composites import LRP
 from .criteria import Taylor
-from .evaluate import RATES, masked_accuracy
+from .data import Data
+from .evaluate import RATES
 from .prune import Mask, Scores
 from .space import SearchSpace, as_criterion, search_space
 from .studies import SHARED, fingerprints, whole
+from .sweep import Sweep
 
 if TYPE_CHECKING:
     import optuna
-
-Data = tuple[Tensor, Tensor] | DataLoader | Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +103,12 @@ class _Trials:
         classes: Sequence[int] | None,
         batch_size: int,
     ) -> None:
-        self.model, self.refs, self.units, self.data, self.space = model, refs, units, data, space
+        self.model, self.refs, self.units, self.space = model, refs, units, space
         self.objectives, self.rates, self.fixed = list(objectives), tuple(rates), dict(fixed)
-        self.classes, self.batch_size = classes, batch_size
+        self.sweep = Sweep(model, data, classes=classes, batch_size=batch_size)
+        self.batch = data[0][:batch_size]
         self.measured = sorted({rate for objective in objectives for rate in objective.rates(rates)})
         self._scores: dict[str, Scores] = {}
-        self._accuracies: dict[bytes, float] = {}
         self._budget: Budget | None = None
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
@@ -135,13 +134,17 @@ class _Trials:
         attributed = time.perf_counter()
         curve: dict[float, float] = {}
         try:
-            for step, rate in enumerate(self.measured):
-                curve[rate] = self.accuracy(masks[rate])
-                if len(self.objectives) == 1 and self.objectives[0].quantity == "a_pr":
-                    # an area that only grows: pruners compare the best value so far, and a mean would begin at its best
-                    trial.report(sum(curve.values()) / len(self.measured), step)
-                    if trial.should_prune():
-                        raise optuna.TrialPruned()
+            grows = [objective.quantity for objective in self.objectives] == ["a_pr"]
+            # all rates together are cheaper than one after the other, which only a pruner needs
+            together = not grows or isinstance(trial.study.pruner, optuna.pruners.NopPruner)
+            for rates in [self.measured] if together else [[rate] for rate in self.measured]:
+                for rate, found in zip(rates, self.sweep.accuracies([masks[rate] for rate in rates]), strict=True):
+                    curve[rate] = found
+                    if grows:
+                        # an area that only grows: pruners compare the best value so far, and a mean begins at its best
+                        trial.report(sum(curve.values()) / len(self.measured), len(curve) - 1)
+                if grows and trial.should_prune():
+                    raise optuna.TrialPruned()
         finally:
             seconds = {"attribution": attributed - started, "sweep": time.perf_counter() - attributed}
             trial.set_user_attr("seconds", {part: round(value, 3) for part, value in seconds.items()})
@@ -189,19 +192,10 @@ class _Trials:
             return found
         return Scores(self.units, found.signed, found.signed, criterion=repr(criterion), samples=found.samples)
 
-    def accuracy(self, mask: Mask) -> float:
-        """Measure every mask once: trials share the unpruned network, and sometimes more."""
-        key = torch.cat(list(mask.values())).numpy().tobytes()
-        if key not in self._accuracies:
-            self._accuracies[key] = masked_accuracy(
-                self.model, mask, self.data, classes=self.classes, batch_size=self.batch_size
-            )
-        return self._accuracies[key]
-
     def latency_left(self, mask: Mask) -> float:
         """Seconds of the smaller network relative to the model's, on one batch."""
         if self._budget is None:
-            self._budget = Budget(self.model, "latency", 1.0, self.data[0][: self.batch_size])
+            self._budget = Budget(self.model, "latency", 1.0, self.batch)
         return self._budget.left(mask)
 
 
@@ -317,7 +311,7 @@ def tune(
     # what is wrong with the arguments is an error here, not in every trial
     attribute(model, (references[0][:1], references[1][:1]), units, LRP(), progress=False)
     everything = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
-    run.accuracy(Mask(units, everything))
+    run.sweep.accuracies([Mask(units, everything)])
 
     with _quiet():
         study = optuna.create_study(

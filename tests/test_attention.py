@@ -19,8 +19,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import pxp
 from pxp.attention import Attention, AttentionRule, make_softmax_rule
-from pxp.evaluate import silenced
 from pxp.replica import replica
+from pxp.sweep import silenced
 
 CONV = {"epsilon": 0.0, "gamma": 0.25}
 EPS = 1e-6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 
 import numpy as np
 import pytest
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pxp
-from pxp import evaluate
-from pxp.evaluate import RATES, silenced
+from pxp.evaluate import RATES
 from pxp.models import VGG, SmallResNet
+from pxp.sweep import silenced
 
 
 class Fixed(nn.Module):
@@ -213,45 +212,6 @@ def test_curve_file_and_repr(tmp_path):
         pxp.Curve((0, 0.5), ((1.0,),))
     with pytest.raises(ValueError, match="every run"):
         pxp.Curve((0, 0.5), ())
-
-
-@pytest.mark.parametrize("name", ["vgg", "resnet"])
-def test_compaction_changes_no_curve(name, monkeypatch):
-    data, model = pxp.load_dataset(), pxp.load_model(name)
-    scores = pxp.attribute(model, None, pxp.find_components(model), pxp.Magnitude(), progress=False)
-    made = []
-    monkeypatch.setattr(evaluate, "compact", lambda *args, **more: made.append(args) or pxp.compact(*args, **more))
-    images = pxp.reference_samples(data.eval, per_class=40)
-    rates = (0, 0.2, 0.5, 0.8, 0.9)
-    fast = pxp.pruning_curve(model, scores, images, rates=rates, progress=False)
-    assert 2 <= len(made) < len(rates)
-    monkeypatch.setattr(evaluate, "WORTH_COMPACTING", math.inf)
-    assert pxp.pruning_curve(model, scores, images, rates=rates, progress=False) == fast and len(made) < len(rates)
-
-
-def test_what_cannot_be_compacted_is_masked(monkeypatch):
-    """A branch that depends on the values stops the tracing."""
-
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 3)
-
-        def forward(self, x):
-            x = self.conv(x).relu().mean((2, 3))
-            return self.fc(x if x.sum() > 0 else -x)
-
-    torch.manual_seed(0)
-    model, images = Branches().eval(), torch.rand(30, 1, 8, 8)
-    labels = model(images).argmax(1)
-    units = pxp.find_components(model, example=images[:1])
-    mask = pxp.attribute(model, None, units, pxp.Magnitude()).select(0.5)
-    monkeypatch.setattr(evaluate, "WORTH_COMPACTING", 1)
-    with pytest.raises(ValueError, match="cannot be traced"):
-        pxp.compact(model, mask, example=images[:1])
-    found = evaluate.masked_accuracy(model, mask, (images, labels), batch_size=30)
-    with pxp.masked(model, mask):
-        assert found == pxp.accuracy(model, (images, labels), batch_size=30)
 
 
 def test_files_of_several_curves(tmp_path):

@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 from zennit.core import Composite, Hook
 
 import pxp
+from pxp import sweep
 from pxp.__main__ import main
 from pxp.space import SearchSpace
 from pxp.tune import Objective, open_storage
@@ -167,14 +168,17 @@ def test_samplers(ready, sampler):
 
 def test_nothing_is_computed_twice(ready, monkeypatch):
     calls = {"attribute": 0, "accuracy": 0}
-    for name, counted in (("attribute", "attribute"), ("masked_accuracy", "accuracy")):
-        original = getattr(tune_module, name)
+    attribute, add = tune_module.attribute, sweep.Merger.add
 
-        def count(*args, original=original, counted=counted, **options):
+    def count(original, counted):
+        def counting(*args, **options):
             calls[counted] += 1
             return original(*args, **options)
 
-        monkeypatch.setattr(tune_module, name, count)
+        return counting
+
+    monkeypatch.setattr(tune_module, "attribute", count(attribute, "attribute"))
+    monkeypatch.setattr(sweep.Merger, "add", count(add, "accuracy"))
     study = search(ready, 9, space={"absolute": ["token", "never"]}, sampler="random")
     # one attribution gives both, one more tries the arguments; the unpruned network is measured once
     assert calls == {"attribute": 2, "accuracy": 5}

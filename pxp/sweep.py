@@ -1,0 +1,279 @@
+"""Many masks of one model, measured together: what two of the pruned networks have in common is computed once.
+
+Masks of neighbouring rates are alike, most of all in the first layers, whose filters are often the last to go. So the
+networks that the masks leave are cut out of the model, as :func:`pxp.compact` does, and written as one network with an
+output for every mask, in which no value is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .attention import Attention, without_heads
+from .compact import Blueprint
+from .data import Data, batches
+from .prune import Mask, masked
+from .replica import evaluating, fold_batch_norm, replica
+
+ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
+
+
+class Sweep:
+    """Measures a model's accuracy under masks, and each mask only once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    data, classes, batch_size
+        As for :func:`pxp.accuracy`.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = 100
+    ) -> None:
+        self.model, self.data, self.classes, self.batch_size = model, data, classes, batch_size
+        self._blueprint: Blueprint | None = None
+        self._can_cut = True
+        self._lock = Lock()  # tuning may run in threads; only the private copy of the model is ever changed
+        self._known: dict[tuple, float] = {}
+
+    def accuracies(self, masks: Sequence[Mask], progress: Callable[[int], object] | None = None) -> list[float]:
+        """Accuracy under each mask.
+
+        Parameters
+        ----------
+        masks : sequence of Mask
+        progress : callable, optional
+            Told after every batch how many images, counted once per new mask, are done.
+
+        Returns
+        -------
+        list of float
+            In the order of ``masks``.
+
+        Raises
+        ------
+        ValueError
+            As :func:`pxp.accuracy` and :func:`pxp.masked`.
+        """
+        keys = [tuple((name, kept.numpy().tobytes()) for name, kept in mask.items()) for mask in masks]
+        new = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self._known}
+        found: list[float] = []
+        for run in self._networks(list(new.values())):
+            right = correct(self.model, run, self.data, self.classes, self.batch_size, progress)
+            found += right.double().mean(1).tolist()
+        self._known |= zip(new, found, strict=True)
+        return [self._known[key] for key in keys]
+
+    def _networks(self, masks: list[Mask]) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
+        """Functions that together give the logits under all masks, in their order."""
+        while masks:
+            number, network = self._merged(masks)
+            if network is not None:
+                yield network
+            else:
+                with silenced(self.model, masks[0]) as twin:
+                    yield _alone(twin)
+            masks = masks[number:]
+
+    def _merged(self, masks: list[Mask]) -> tuple[int, nn.Module | None]:
+        """One network for as many masks as there is room for; None for a model that cannot be cut."""
+        merger, number = Merger(), 0
+        with self._lock:
+            if not self._can_cut:
+                return 1, None
+            try:
+                if self._blueprint is None:
+                    images, _ = next(batches(self.data, 1))
+                    self._blueprint = Blueprint(replica(self.model), masks[0].units, images)
+                while number < len(masks) and merger.bytes <= ROOM:
+                    merger.add(*self._blueprint.cut(masks[number]))
+                    number += 1
+                network = merger.network()
+                with torch.no_grad():
+                    self._blueprint.check(masks[:number], network(self._blueprint.noise))
+            except Exception:  # whatever hinders it, masking gives the same
+                self._can_cut = False
+                return 1, None
+        return number, network
+
+
+class Merger:
+    """Writes several networks as one; a part or a value that two of them share is there once.
+
+    Attributes
+    ----------
+    bytes : int
+        Of the weights so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._graph = fx.Graph()
+        self._parts: dict[str, Any] = {}
+        self._outputs: list[Any] = []
+        self._values: dict[tuple, fx.Node] = {}
+        self._names: dict[tuple, list[str]] = {}  # parts that may be equal, by what is quickly compared
+
+    def add(self, parts: dict[str, Any], graph: fx.Graph) -> None:
+        """Add a network: its modules and tensors by name, and the graph that calls them."""
+        needed: set[fx.Node] = set()
+        for node in reversed(graph.nodes):
+            if node.op in ("placeholder", "output") or node in needed:
+                needed.update((node, *node.all_input_nodes))
+        own: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node not in needed:
+                continue
+            arguments, options = (fx.map_arg(given, own.__getitem__) for given in (node.args, node.kwargs))
+            if node.op == "output":
+                self._outputs.append(arguments[0])
+                continue
+            target = self._part(parts[str(node.target)]) if node.op in ("call_module", "get_attr") else node.target
+            value = (node.op, target, repr(arguments), repr(options))  # a node's repr is its name
+            if value not in self._values:
+                self._values[value] = self._graph.create_node(node.op, target, arguments, options)
+            own[node] = self._values[value]
+
+    def network(self) -> fx.GraphModule:
+        """The network; gives a tuple with the output of every one that was added."""
+        self._graph.output(tuple(self._outputs))
+        made = fx.GraphModule(self._parts, self._graph).eval()
+        return made.to(memory_format=torch.channels_last) if _fits_channels_last(made) else made
+
+    def _part(self, part: nn.Module | Tensor) -> str:
+        """The name of this part, or of one that is equal."""
+        tensors = [part] if isinstance(part, Tensor) else [*part.parameters(), *part.buffers()]
+        alike = self._names.setdefault((type(part), *(tensor.shape for tensor in tensors)), [])
+        name = next((name for name in alike if _equal(self._parts[name], part)), None)
+        if name is None:
+            name = f"part{len(self._parts)}"
+            alike.append(name)
+            self._parts[name] = part
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return name
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two parts compute the same, or two of their attributes are the same."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, nn.Module):
+        return _equal(vars(one), vars(other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+def _fits_channels_last(network: nn.Module) -> bool:
+    """Convolutions over images run faster with the channels last in memory; those over volumes cannot be so."""
+    return all(p.ndim < 5 for p in network.parameters())
+
+
+@contextmanager
+def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
+    """The masked model, computed faster: BatchNorm merged, the pruned rows zeroed, and channels last.
+
+    What cannot be written into a replica's weights is masked as in :func:`pxp.masked`.
+    """
+    mask.units.check(model)
+    twin = replica(model)
+    fold_batch_norm(twin, mask.units.trace)
+    modules = dict(twin.named_modules())
+    rest = {name: torch.ones_like(kept) for name, kept in mask.items()}
+    for name, kept in mask.items():
+        layer, sites = modules[name], mask.units[name].site
+        if isinstance(layer, Attention):
+            weight = without_heads(layer.output.weight, kept)
+            layer.output.weight = nn.Parameter(weight, requires_grad=False)
+        elif sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
+            for part, tensor in layer.named_parameters(recurse=False):
+                keep = kept.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
+                setattr(layer, part, nn.Parameter(tensor * keep, requires_grad=False))
+        else:
+            rest[name] = kept
+    if _fits_channels_last(twin):
+        twin = twin.to(memory_format=torch.channels_last)
+    with masked(twin, Mask(mask.units, rest)):
+        yield twin
+
+
+@torch.no_grad()
+def correct(
+    model: nn.Module,
+    run: Callable[[Tensor], tuple[Tensor, ...]],
+    data: Data,
+    classes: Sequence[int] | None,
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Which samples several networks classify correctly.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Tells where the images belong and in which precision; not called.
+    run : callable
+        Gives the logits of all networks for a batch of images.
+    data, classes, batch_size
+        As for :func:`pxp.accuracy`, whose errors these are.
+    progress : callable, optional
+        Told after every batch for how many images, counted once per network, that is done.
+
+    Returns
+    -------
+    Tensor
+        bool, (networks, samples).
+    """
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    wanted = None if classes is None else torch.as_tensor(list(classes))
+    if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):
+        raise ValueError(f"classes must be distinct class indices, got {list(classes or [])}")
+    if wanted is not None and int(wanted.min()) < 0:
+        raise ValueError(f"class {int(wanted.min())} does not exist: classes are counted from 0")
+    found = []
+    for images, labels in batches(data, batch_size):
+        labels = torch.as_tensor(labels)
+        if wanted is not None:
+            members = torch.isin(labels, wanted)
+            images, labels = images[members], labels[members]
+            labels = (labels[:, None] == wanted).int().argmax(1)
+        if len(labels) == 0:
+            continue
+        rows = []
+        for logits in run(images if reference is None else images.to(reference)):
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
+            highest = int(labels.max()) if wanted is None else int(wanted.max())
+            if highest >= logits.shape[1]:
+                raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")
+            chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
+            rows.append(chosen.argmax(1).cpu() == labels.cpu())
+        found.append(torch.stack(rows))
+        if progress is not None:
+            progress(found[-1].numel())
+    if not found:
+        raise ValueError("there is no sample to evaluate" + ("" if classes is None else f" of classes {list(classes)}"))
+    return torch.cat(found, dim=1)
+
+
+def hits(model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = 256) -> Tensor:
+    """Which samples one model classifies correctly, bool (samples,); arguments and errors are those of ``accuracy``."""
+    with evaluating(model):
+        return correct(model, _alone(model), data, classes, batch_size)[0]
+
+
+def _alone(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    return lambda images: (model(images),)
