@@ -22,6 +22,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from zennit.core import Hook
 
+from .rules import Anew
+
 
 class Attention(nn.Module):
     """Self-attention with explicit projections; base of the replacements.
@@ -369,7 +371,10 @@ class SoftmaxZPlus(AttentionRule):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         q, k, v = _scale_gradient(q, 0.25), _scale_gradient(k, 0.25), _scale_gradient(v, 0.5)
-        return _ZPlusSoftmax.apply(_logits(q, k, mask, causal), self) @ v
+        with torch.no_grad():
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        # the matrices of all heads are too large to be kept
+        return Anew.apply((mixed,), lambda q, k, v: _ZPlusSoftmax.apply(_logits(q, k, mask, causal), self) @ v, q, k, v)
 
     def __repr__(self) -> str:
         return f"SoftmaxZPlus({'zero_params=' + repr(self.zero_params) if self.zero_params else ''})"
@@ -386,15 +391,20 @@ class _ZPlusSoftmax(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, s = ctx.saved_tensors
-        x = torch.where(s == 0, 0, x)  # masked logits are −∞
-        up, down = x.clamp(min=0), (-x).clamp(min=0)
+        x = x.masked_fill(s == 0, 0)  # masked logits are −∞
+        sx = s * x
+        down, mean = sx.clamp(max=0).neg_(), sx.sum(-1, keepdim=True)
+        del sx  # the matrices are large, so few are held at a time
         # Σ_i (J_ji x_i)⁺ / s_j: the diagonal is positive where x_j is, all else where x_i is negative
-        size = (1 - s) * up + (s * down).sum(-1, keepdim=True) - s * down
+        size = x.clamp(min=0)
+        size.addcmul_(size, s, value=-1).add_(down.sum(-1, keepdim=True)).sub_(down)
+        del down
         if ctx.rule.zero_params is None:
-            size += (1 - x + (s * x).sum(-1, keepdim=True)).clamp(min=0)
-        share = s * (s * grad) / (s * size + ctx.rule.epsilon)
-        others = share.sum(-1, keepdim=True) - share
-        return torch.where(x > 0, (1 - s) * share, torch.where(x < 0, -s * others, 0)), None
+            size += torch.sub(1 + mean, x).clamp_(min=0)
+        share = (s * s).mul_(grad).div_(size.mul_(s).add_(ctx.rule.epsilon))
+        del size
+        flow = torch.where(x > 0, share, share.sum(-1, keepdim=True) - share).mul_(s)
+        return share.mul_(x > 0).sub_(flow).mul_(x != 0), None
 
 
 SOFTMAX_RULES: dict[str, Callable[..., AttentionRule]] = {"attnlrp": AttnLRP, "cp": CPLRP, "zplus": SoftmaxZPlus}

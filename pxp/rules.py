@@ -122,6 +122,27 @@ class _Carry(Function):
         return None, None, None, *ctx.weigh(grad, *ctx.shares.take())
 
 
+class Anew(Function):
+    """The values now, their graph only in the backward pass: what that needs is computed again instead of kept.
+
+    ``Anew.apply((values,), make, *inputs)`` gives the values; ``make(*inputs)`` computes them with the graph that the
+    backward pass follows.
+    """
+
+    @staticmethod
+    def forward(ctx, value: tuple[Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.make = make
+        return value[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            made = ctx.make(*inputs)
+        return None, None, *torch.autograd.grad(made, inputs, grad)
+
+
 class Rule(Hook):
     """Base of all rules: a zennit hook, so that a zennit composite can place it.
 
@@ -228,6 +249,18 @@ class _Signed(Rule):
 
     For inputs ≥ 0 the positive contributions are Σ a w⁺, one pass; for others Σ a⁺ w⁺ + Σ a⁻ w⁻.
     """
+
+    def register(self, module: nn.Module):
+        self._alone = not module._forward_hooks  # else the output may be another than the layer's own
+        return super().register(module)
+
+    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x = inputs[0]
+        # over tokens what the rule keeps is more than all that the network itself keeps, and is soon made again
+        if self._alone and x.requires_grad and isinstance(module, nn.Linear) and x.ndim > 2:
+            layer = with_parameters(module, module.weight, module.bias)
+            return Anew.apply((output.detach(),), lambda x: self.apply(module, x, layer(x)), x)
+        return super()._hook(module, inputs, output)
 
     @staticmethod
     def contributions(module: nn.Module, x: Tensor, positive: bool, bias: Tensor | None = None) -> Tensor:
@@ -493,15 +526,20 @@ class Identity(Hook):
     """
 
     def register(self, module: nn.Module):
+        self._alone = not module._forward_hooks  # else the output may be another than the activation's own
         return module.register_forward_hook(self._hook)
 
-    @staticmethod
-    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x = inputs[0]
         if not x.requires_grad:
             return None
-        value = output.detach()
-        return _Carry.apply((value,), (torch.where(x.detach() == 0, 0, value / x.detach()),), _scaled, x)
+        value = None if self._alone else output.detach()
+
+        def make(x: Tensor) -> Tensor:
+            known = x.detach()
+            return x * torch.where(known == 0, 0, (module.forward(known) if value is None else value) / known)
+
+        return Anew.apply((output.detach(),), make, x)
 
 
 class Normalisation(Hook):

@@ -13,9 +13,11 @@ from test_rules import TINY, zennit_relevance
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models.vision_transformer import VisionTransformer
 from zennit.canonizers import SequentialMergeBatchNorm
 
 import pxp
+from pxp.cost import peak_memory
 from pxp.models import VGG, SmallResNet
 
 CRITERIA = [
@@ -619,3 +621,46 @@ def test_models_of_every_kind_are_left_alone(untouched):
             pxp.accuracy(model, (x, torch.tensor([0, 1])))
         scores.units.check(model)
         pxp.LRP("gamma").composite(model, units.trace)
+
+
+# --- transformers: what is computed again in the backward pass ----------------------------------------------------
+
+RULES = [pxp.LRP(rule) for rule in ("epsilon", "gamma", "zplus", "alpha2beta1")] + [pxp.LRP(softmax="zplus")]
+
+
+def transformer() -> tuple[nn.Module, Tensor, Tensor]:
+    model = randomise(VisionTransformer(28, 4, 6, 3, 48, 96, num_classes=5))
+    return model, torch.rand(3, 3, 28, 28, dtype=torch.float64), torch.tensor([0, 3, 1])
+
+
+@pytest.mark.parametrize("criterion", RULES, ids=repr)
+def test_a_masked_neuron_takes_no_relevance(criterion):
+    """Attribution inside of a mask is that of the network without these neurons."""
+    model, x, labels = transformer()
+    units = pxp.find_components(model, ("head", "neuron"))
+    mask = pxp.attribute(model, None, units.of_kind("neuron"), pxp.Random()).select(0.5)
+    without = copy.deepcopy(model)
+    for name, kept in mask.items():
+        layer = without.get_submodule(name)
+        for parameter in layer.parameters():
+            parameter.data[~kept] = 0
+    with pxp.masked(model, mask):
+        found = pxp.attribute(model, (x, labels), units, criterion)
+    expected = pxp.attribute(without, (x, labels), units, criterion)
+    assert close(found, expected) and not any(found[name][~kept].any() for name, kept in mask.items())
+
+
+@pytest.mark.parametrize("criterion", RULES, ids=repr)
+def test_memory_of_a_transformer(criterion):
+    """At most half more than a forward and a backward pass of the model hold."""
+    model, x, labels = transformer()
+    model, x = model.float(), x.float()
+    units = pxp.find_components(model, ("head", "neuron"))
+
+    def plain() -> None:
+        image = x.clone().requires_grad_()
+        torch.autograd.grad(target_sum(model(image), labels), image)
+
+    model.requires_grad_(False)
+    used = peak_memory(lambda: pxp.attribute(model, (x, labels), units, criterion, progress=False))
+    assert used < 1.5 * peak_memory(plain)
