@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -25,19 +26,22 @@ class Expand(nn.Module):
 
 
 class Constant(nn.Module):
-    """A tensor of which every channel is constant; takes only the batch size from its argument."""
+    """A tensor of which every channel is constant; takes only the number of inputs from its argument.
+
+    ``shape`` gives for every dimension its size without any input and what each input adds.
+    """
 
     rest: Tensor
 
-    def __init__(self, rest: Tensor, shape: torch.Size, dim: int) -> None:
+    def __init__(self, rest: Tensor, shape: Sequence[tuple[int, int]], dim: int) -> None:
         super().__init__()
         view = [1] * len(shape)
         view[dim] = -1
         self.register_buffer("rest", rest.view(view))
-        self.shape = tuple(shape[1:])
+        self.shape = tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rest.expand(x.shape[0], *self.shape)
+        return self.rest.expand([size + x.shape[0] * each if each else size for size, each in self.shape])
 
 
 class Select(nn.Module):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from .components import Components, example_input
-from .follow import Compactor, Tracer
+from .follow import Compactor
+from .graph import traced
 from .models import load_model
 from .prune import Mask, load_tensors, masked, save_tensors
 from .replica import evaluating, fold_batch_norm, replica
+
+LARGEST = 2**28  # values of one input; a file that names more is damaged
 
 
 def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> fx.GraphModule:
@@ -64,7 +67,12 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
                 setattr(module, name, nn.Parameter(parameter.detach().clone()))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.detach().clone())
-        blueprint.check([mask], (small(blueprint.noise),))
+        try:
+            output = small.forward(blueprint.noise)  # the call itself would print where the error is
+        except Exception as error:
+            reason = f"has a structure that compaction does not understand: {error}"
+            raise ValueError(f"{type(model).__name__} {reason}") from error
+        blueprint.check([mask], (output,))
     example_shape = list(blueprint.images.shape)
     small.meta["pxp"] = {"mask": mask, "model": getattr(model, "pxp_name", None), "example": example_shape}
     return small
@@ -85,7 +93,7 @@ class Blueprint:
     images : Tensor
         One input of the shape that was traced.
     noise : Tensor
-        Random values of that shape; what is made is compared with the masked model on them.
+        Two random inputs, one if the model takes no more; what is made is compared with the masked model on them.
 
     Raises
     ------
@@ -102,13 +110,16 @@ class Blueprint:
                 )
         self.model, self.images = model, example_input(model, example)
         generator = torch.Generator().manual_seed(0)
-        self.noise = torch.rand(self.images.shape, generator=generator).to(self.images)
+        self.noise = torch.rand(2, *self.images.shape[1:], generator=generator).to(self.images)
         with torch.inference_mode(False), torch.no_grad():
             self.twin = replica(model)
             fold_batch_norm(self.twin, units.trace)
             try:
-                self.graph = Tracer().trace(self.twin)
-                ShapeProp(fx.GraphModule(self.twin, self.graph)).propagate(self.images)
+                try:
+                    self.graph = traced(self.twin, self.noise)
+                except Exception:  # perhaps a model of one image at a time
+                    self.noise = self.noise[:1]
+                    self.graph = traced(self.twin, self.noise)
             except Exception as error:
                 raise ValueError(
                     f"{type(model).__name__} cannot be traced, so it cannot be made smaller: {error}"
@@ -116,31 +127,32 @@ class Blueprint:
 
     def cut(self, mask: Mask) -> tuple[dict[str, Any], fx.Graph]:
         """The parts (name → module or tensor) and the graph of the smaller network; parts may be the model's own."""
-        for name, kept in mask.items():
-            if mask.units[name].kind == "head" and not bool(kept.all()):
-                _check_attention(name, self.twin.get_submodule(name))
         with torch.inference_mode(False), torch.no_grad():
             return Compactor(self.twin, self.graph, mask).run()
 
-    def check(self, masks: Sequence[Mask], found: Sequence[Tensor]) -> None:
-        """Compare logits of ``noise`` with the masked model's: a structure that was misread must not go unnoticed."""
+    def check(self, masks: Sequence[Mask], found: Sequence[Any]) -> None:
+        """Compare outputs for ``noise`` with the masked model's: a structure that was misread must not go unnoticed."""
         tolerance = 1e-2 if self.noise.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        for mask, logits in zip(masks, found, strict=True):
+        for mask, output in zip(masks, found, strict=True):
             with masked(self.model, mask), evaluating(self.model), torch.no_grad():
-                expected = self.model(self.noise)
-            off = float((logits - expected).abs().max())
-            if not off <= tolerance * max(1e-6, float(expected.abs().max())):  # also NaN
+                expected = _tensors(self.model(self.noise.clone()))
+            pairs = list(zip(_tensors(output), expected, strict=False))
+            same = len(pairs) == len(expected) > 0 and all(a.shape == b.shape for a, b in pairs)
+            if not same or not all(_distance(a, b) <= tolerance for a, b in pairs):  # also NaN
                 raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
 
 
-def _check_attention(name: str, attention: nn.Module) -> None:
-    reason = ""
-    if getattr(attention, "_groups", 1) > 1:
-        reason = "its heads share keys and values"
-    elif not isinstance(getattr(attention, "norm", None), nn.Identity | None):
-        reason = "it normalises over all of its heads"
-    if reason:
-        raise ValueError(f"single heads of {name!r} cannot be taken out: {reason}")
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors of an output, which may be a tensor or tuples, lists and dicts of them."""
+    found: list[Tensor] = []
+    fx.node.map_aggregate(output, lambda part: found.append(part) if isinstance(part, Tensor) else None)
+    return found
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest expected value."""
+    found, expected = found.float(), expected.float()  # also of indices and truths
+    return float((found - expected).abs().max()) / max(1e-6, float(expected.abs().max()))
 
 
 def save_compact(small: nn.Module, path: str | Path) -> None:
@@ -172,8 +184,8 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> fx.GraphMo
     ----------
     path : path
     model : nn.Module, optional
-        A network of the original architecture; only its structure matters. Default: made by :func:`pxp.load_model`,
-        if the original was.
+        A network of the original architecture, left as it is; only its structure matters. Default: made by
+        :func:`pxp.load_model`, if the original was.
 
     Returns
     -------
@@ -185,20 +197,32 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> fx.GraphMo
     FileNotFoundError
         No such file.
     ValueError
-        Not a file of this kind, or damaged; weights that do not fit ``model``; no ``model`` for a network of your own.
+        Not a file of this kind, or damaged; one that does not fit ``model``; no ``model`` for a network of your own.
     """
     units, tensors, extra = load_tensors(path, "compact")
-    if model is None:
-        if extra["model"] is None:
-            raise ValueError(
-                f"{path} was made of a network that pxp.load_model does not make; pass model=<one like it>"
-            )
-        model = load_model(extra["model"])
-    state = tensors["state"]
-    dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    small = compact(model.to(dtype), Mask(units, tensors["kept"]), example=torch.zeros(extra["example"]))
+    state, shape = tensors["state"], extra["example"]
+    if model is None and extra["model"] is None:
+        raise ValueError(f"{path} was made of a network that pxp.load_model does not make; pass model=<one like it>")
     try:
-        small.load_state_dict(state)
-    except RuntimeError as error:
+        if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"{shape!r} is no shape of an example")
+        if math.prod(shape) > LARGEST:
+            raise ValueError(f"an example of shape {tuple(shape)} is too large")
+        dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+        twin = replica(load_model(extra["model"]) if model is None else model).to("cpu", dtype)
+        small = compact(twin, Mask(units, tensors["kept"]), example=torch.zeros(shape))
+        small.load_state_dict(_checked(state, small))
+    except Exception as error:  # the file may hold anything
         raise ValueError(f"{path} does not fit this network: {error}") from error
     return small
+
+
+def _checked(state: dict[str, Tensor], small: nn.Module) -> dict[str, Tensor]:
+    """A state whose tensors have the right types, and the places of channels that follow from the mask."""
+    for name, own in small.state_dict().items():
+        given = state.get(name, own)
+        if given.dtype != own.dtype:
+            raise ValueError(f"{name!r} is {given.dtype}, not {own.dtype}")
+        if own.ndim and not own.is_floating_point() and not torch.equal(given, own):
+            raise ValueError(f"{name!r} does not follow from the mask")
+    return state

@@ -8,12 +8,11 @@ places. What is not known gets the whole tensor, so the result is always exact.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,11 +21,12 @@ from torch.nn import functional as F
 
 from .attention import Attention
 from .channels import Affine, Constant, Expand, Join, Select
+from .cut import check_heads, cut_layer, entries, fewer_heads
+from .graph import IDENTITIES, Shape
 from .prune import Mask
 from .replica import BATCH_NORMS, CONVOLUTIONS, is_activation
 
 MIXES_CHANNELS = (nn.GLU, nn.Softmax2d, nn.Softmin, nn.PReLU)
-IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
 POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
@@ -53,8 +53,8 @@ class _Flow:
         (channels,): the constant that every other channel has; 0 at the live ones.
     zero : Tensor
         bool, (channels,): which constants are 0 whatever the weights are; decides the structure of the new network.
-    shape : torch.Size
-        Of the original tensor, for one sample.
+    shape : Shape
+        Of the original tensor.
     """
 
     node: fx.Node | None
@@ -62,7 +62,7 @@ class _Flow:
     live: Tensor
     rest: Tensor
     zero: Tensor
-    shape: torch.Size
+    shape: Shape
 
     @property
     def whole(self) -> bool:
@@ -73,24 +73,13 @@ class _Flow:
         return (~self.zero).index_fill(0, self.live, False)
 
 
-class Tracer(fx.Tracer):
-    """Stops at what the algorithm treats as one operation."""
-
-    def __init__(self) -> None:
-        timm = sys.modules.get("timm.layers")  # whose models of dynamic size compute with the image's shape
-        super().__init__(autowrap_functions=() if timm is None else (timm.resample_abs_pos_embed,))
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, Attention) or is_activation(m) or type(m).__name__ in (*IDENTITIES, "LayerScale")
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-
 class Compactor:
     """Walks through the old graph and writes the new one."""
 
     def __init__(self, twin: nn.Module, graph: fx.Graph, mask: Mask) -> None:
         self.twin, self.old, self.mask = twin, graph, mask
         self.modules = dict(twin.named_modules())
+        self.called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self.new = fx.Graph()
         self.root: dict[str, Any] = {}
         self.input: fx.Node | None = None
@@ -109,12 +98,11 @@ class Compactor:
 
     def run(self) -> tuple[dict[str, Any], fx.Graph]:
         """The new network's parts, module or tensor, under the names that its graph calls them by; and the graph."""
-        called = {node.target for node in self.old.nodes if node.op == "call_module"}
         heads = {
             name: [name] for name, kept in self.mask.items() if self.mask.units[name].kind == "head" and not kept.all()
         }
         for site, names in (self.sites | heads).items():
-            if site not in called:
+            if site not in self.called:
                 raise ValueError(f"{names[0]!r} lies inside a module that cannot be traced, so it cannot be cut")
         for node in self.old.nodes:
             self.flows[node] = self._node(node)
@@ -122,19 +110,30 @@ class Compactor:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def call(self, name: str, module: nn.Module, *arguments: Any) -> fx.Node:
-        """Add a module to the new network, under its old name if that is free, and call it."""
+    def put(self, name: str, part: nn.Module | Tensor) -> str:
+        """Add a part to the new network, under this name if that is free; the name that it has."""
         free, number = name, 1
-        while free in self.root:
+        while self.root.get(free, part) is not part:
             number += 1
             free = f"{name}_{number}"
-        self.root[free] = module
-        return self.new.call_module(free, arguments)
+        self.root[free] = part
+        return free
+
+    def call(self, name: str, module: nn.Module, *arguments: Any) -> fx.Node:
+        """Add a module to the new network and call it."""
+        return self.new.call_module(self.put(name, module), arguments)
 
     def full(self, node: fx.Node, old: fx.Node, dim: int) -> _Flow:
         shape = _shape(old)
-        rest = torch.zeros(shape[dim], dtype=_dtype(old), device=self.device)
-        return _Flow(node, dim, torch.arange(shape[dim], device=self.device), rest, rest == 0, shape)
+        live = torch.arange(shape[dim][0], device=self.device)
+        rest = torch.zeros(len(live), dtype=old.meta["dtype"], device=self.device)
+        return _Flow(node, dim, live, rest, rest == 0, shape)
+
+    def _by(self, dim: int, given: Any, old: Any) -> _Flow:
+        """An argument by its channels in this dimension."""
+        if isinstance(given, _Flow) and given.dim == dim:
+            return given
+        return self.full(self.value(given), old, dim)
 
     def value(self, given: Any) -> Any:
         """The whole tensor behind an argument."""
@@ -183,7 +182,7 @@ class Compactor:
             return False
         module = self.root.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1):
-            self.root[str(node.target)] = _layer(module, module.weight[inside], _part(module.bias, inside))
+            self.root[str(node.target)] = cut_layer(module, module.weight[inside], entries(module.bias, inside))
             return True
         elementwise = node.target in ELEMENTWISE or (module is not None and _is_elementwise(module))
         source = node.args[0] if node.args else None
@@ -208,7 +207,7 @@ class Compactor:
         weight, bias = torch.where(keep, module.weight, 0), None
         if module.bias is not None:
             bias = torch.where(inside, module.bias, 0)[outputs]
-        self.root[str(node.target)] = _layer(module, weight[outputs], bias, groups=int(groups.sum()))
+        self.root[str(node.target)] = cut_layer(module, weight[outputs], bias, groups=int(groups.sum()))
         if not bool(groups.all()):
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -231,12 +230,9 @@ class Compactor:
             self.input = copied if self.input is None else self.input
             return copied
         if node.op == "get_attr":
-            found: Any = self.twin
-            for part in str(node.target).split("."):
-                found = getattr(found, part)
-            self.root[str(node.target)] = found
-            return self.new.node_copy(node)
-        arguments, options = self._resolved(node.args), self._resolved(node.kwargs)
+            return self._tensor(node, str(node.target))
+        arguments: Any = fx.map_arg(node.args, self.flows.__getitem__)
+        options: Any = fx.map_arg(node.kwargs, self.flows.__getitem__)
         if node.op == "output":
             return self.new.output(fx.node.map_aggregate(arguments[0], self.value))
         if node.op == "call_module":
@@ -249,14 +245,14 @@ class Compactor:
             self.readers[result.node] = len(node.users)
         return result
 
-    def _resolved(self, given: Any) -> Any:
-        if isinstance(given, fx.Node):
-            return self.flows[given]
-        if isinstance(given, tuple | list):
-            return type(given)(self._resolved(part) for part in given)
-        if isinstance(given, dict):
-            return {key: self._resolved(part) for key, part in given.items()}
-        return given
+    def _tensor(self, node: fx.Node, name: str) -> fx.Node:
+        """A parameter or buffer that the model reads itself."""
+        found = attrgetter(name)(self.twin)
+        if all(user.target is getattr and user.args[1] in ("device", "dtype") for user in node.users):
+            found = found.new_empty(0)
+        if any(name.startswith(f"{called}.") for called in self.called):
+            name = name.replace(".", "_")  # the layer that it is of may be cut
+        return self.new.create_node("get_attr", self.put(name, found))
 
     def _as_flow(self, result: Any, node: fx.Node) -> _Flow:
         if isinstance(result, _Flow):
@@ -268,22 +264,32 @@ class Compactor:
         """The operation as it is, on whole tensors."""
         arguments = fx.node.map_aggregate(arguments, self.value)
         options = fx.node.map_aggregate(options, self.value)
+        target = node.target
         if node.op == "call_module":
-            self.root.setdefault(str(node.target), self.modules[str(node.target)])
-        return self.new.create_node(node.op, node.target, arguments, options)
+            target = self.put(str(target), self.modules[str(target)])
+        return self.new.create_node(node.op, target, arguments, options)
 
     def _module(self, node: fx.Node, module: Any, arguments: tuple, options: dict) -> Any:
         name = str(node.target)
         x = arguments[0] if arguments and not options else None
+        old: Any = node.args[0] if node.args else None
         if isinstance(module, Attention):
             return self._attention(node, name, module, arguments, options)
         if isinstance(module, CONVOLUTIONS) and x is not None:
-            x = x if isinstance(x, _Flow) and x.dim == 1 else self.full(self.value(x), node.args[0], 1)  # type: ignore[arg-type]
+            x = self._by(1, x, old)
             return self._grouped(node, name, module, x) if module.groups > 1 else self._linear(node, name, module, x)
         if isinstance(module, nn.Linear) and x is not None:
-            last = len(_shape(node.args[0])) - 1  # type: ignore[arg-type]
-            x = x if isinstance(x, _Flow) and x.dim == last else self.full(self.value(x), node.args[0], last)  # type: ignore[arg-type]
-            return self._linear(node, name, module, x)
+            return self._linear(node, name, module, self._by(len(_shape(old)) - 1, x, old))
+        if isinstance(module, Affine):
+            return self._affine(name, self._by(module.dim, x, old), module.scale, module.shift)
+        if isinstance(module, Expand):
+            return self._placed(node, self._by(module.dim, x, old), module.live, module.rest)
+        if isinstance(module, Join):
+            nothing = torch.zeros(module.size, dtype=node.meta["dtype"], device=self.device)
+            places = torch.arange(module.size) if module.first is None else module.first, module.second
+            first, second = (self._by(module.dim, *pair) for pair in zip(arguments, node.args, strict=True))
+            first = self._placed(node, first, places[0].to(self.device), nothing, zero=True)
+            return self._add(node, first, self._placed(node, second, places[1], nothing, zero=True))
         if isinstance(x, _Flow):
             if type(module).__name__ in IDENTITIES:
                 return replace(x)
@@ -297,9 +303,8 @@ class Compactor:
                 return self._affine(name, x, scale, shift)
             if type(module).__name__ == "LayerScale" and x.dim == len(x.shape) - 1:
                 return self._affine(name, x, module.gamma, None)
-            if isinstance(module, POOLS) and x.dim == 1:
-                borders = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and module.count_include_pad
-                if not (borders and _padded(module) and bool(x.constants().any())):
+            if isinstance(module, POOLS) and x.dim == 1 and "shape" in node.meta:
+                if not (_changes_constants(module) and bool(x.constants().any())):
                     moved = None if x.node is None else self.call(name, module, x.node)
                     return replace(x, node=moved, shape=_shape(node))
             if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
@@ -311,7 +316,7 @@ class Compactor:
         if target is operator.getitem and isinstance(arguments[0], tuple):
             return arguments[0][arguments[1]]
         x = arguments[0] if arguments else None
-        if target in (operator.add, operator.iadd, torch.add) and not options:
+        if target in (operator.add, torch.add, "add") and not options:
             result = self._add(node, *arguments)
             if result is not None:
                 return result
@@ -331,15 +336,13 @@ class Compactor:
                 and len(arguments) == 1
                 and not any(isinstance(o, _Flow) for o in options.values())
             ):
-                safe = {key: value for key, value in options.items() if key != "inplace"}
                 apply: Any = target
                 return self._elementwise(
-                    x,
-                    lambda v: self.new.call_function(apply, (v,), safe),
-                    lambda rest: apply(rest, **safe),
+                    x, lambda v: self.new.call_function(apply, (v,), options), lambda rest: apply(rest, **options)
                 )
             named = getattr(target, "__name__", target)
-            if named in ("adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d") and x.dim == 1:
+            pools = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d")
+            if named in pools and x.dim == 1 and "shape" in node.meta:
                 moved = (
                     None if x.node is None else self.new.create_node(node.op, target, (x.node, *arguments[1:]), options)
                 )
@@ -358,7 +361,7 @@ class Compactor:
     def _linear(self, node: fx.Node, name: str, module: Any, x: _Flow) -> _Flow:
         if isinstance(module, CONVOLUTIONS) and _padded(module) and bool(x.constants().any()):
             self.value(x)  # at the border a constant channel is not constant
-        weight = module.weight[:, x.live]
+        weight = module.weight if x.whole else module.weight[:, x.live]
         bias = module.bias
         if not x.whole:
             absent = torch.ones(len(x.rest), dtype=torch.bool, device=x.live.device)
@@ -372,7 +375,7 @@ class Compactor:
             rest = torch.zeros_like(module.weight.flatten(1)[:, 0]) if bias is None else bias
             zero = torch.full(rest.shape, bias is None, device=rest.device)
             return _Flow(None, dim, x.live, rest.detach().clone(), zero, _shape(node))
-        return self.full(self.call(name, _layer(module, weight, bias), x.node), node, dim)
+        return self.full(self.call(name, cut_layer(module, weight, bias), x.node), node, dim)
 
     def _grouped(self, node: fx.Node, name: str, module: Any, x: _Flow) -> _Flow:
         groups, each_in = module.groups, module.in_channels // module.groups
@@ -397,24 +400,24 @@ class Compactor:
         wanted = alive.repeat_interleave(each_in).nonzero().flatten()
         source = self.shaped(x, wanted)
         bias = None if module.bias is None else module.bias[outputs]
-        made = _layer(module, module.weight[outputs], bias, groups=int(alive.sum()))
+        made = cut_layer(module, module.weight[outputs], bias, groups=int(alive.sum()))
         return _Flow(self.call(name, made, source), 1, live, rest, zero, _shape(node))
 
     def _attention(self, node: fx.Node, name: str, module: Attention, arguments: tuple, options: dict) -> Any:
         kept = self.mask.get(name)
         if kept is None or self.mask.units[name].kind != "head" or bool(kept.all()):
             return self._whole(node, arguments, options)
-        pair = not hasattr(node.meta["tensor_meta"], "shape")  # MultiheadAttention also returns its weights
+        pair = "shape" not in node.meta  # MultiheadAttention also returns its weights
+        check_heads(name, module, node.users if pair else ())
         if not bool(kept.any()):
-            shape = node.meta["tensor_meta"][0].shape if pair else _shape(node)
+            shape = _shape(next(iter(node.users)) if pair else node)
             bias = module.output.bias
-            weight = module.output.weight
-            rest = weight.new_zeros(shape[-1]) if bias is None else bias.detach().clone()
+            rest = module.output.weight.new_zeros(shape[-1][0]) if bias is None else bias.detach().clone()
             nothing = torch.zeros(0, dtype=torch.long, device=rest.device)
             zero = torch.full(rest.shape, bias is None, device=rest.device)
             flow = _Flow(None, len(shape) - 1, nothing, rest, zero, shape)
             return (flow, None) if pair else flow
-        self.modules[name] = _fewer_heads(module, kept)
+        self.modules[name] = fewer_heads(module, kept)
         return self._whole(node, arguments, options)
 
     def _elementwise(self, x: _Flow, emit: Callable[[fx.Node], fx.Node], apply: Callable[[Tensor], Tensor]) -> _Flow:
@@ -422,6 +425,11 @@ class Compactor:
         rest[x.live] = 0
         zero = x.zero & bool(apply(x.rest.new_zeros(1)) == 0)
         return replace(x, node=None if x.node is None else emit(x.node), rest=rest, zero=zero)
+
+    def _placed(self, node: fx.Node, x: _Flow, index: Tensor, rest: Tensor, zero: bool = False) -> _Flow:
+        """The channels of a tensor at these places among others, which are constants."""
+        zeros = torch.full(rest.shape, zero, device=rest.device).index_copy(0, index, x.zero)
+        return _Flow(x.node, x.dim, index[x.live], rest.index_copy(0, index, x.rest), zeros, _shape(node))
 
     def _affine(self, name: str, x: _Flow, scale: Tensor | None, shift: Tensor | None) -> _Flow:
         rest = x.rest if scale is None else x.rest * scale
@@ -501,9 +509,9 @@ class Compactor:
         return _Flow(joined, 1, torch.cat(lives), rest, zero, _shape(node))
 
     def _flatten(self, node: fx.Node, x: _Flow) -> Any:
-        if x.dim != 1:
+        if x.dim != 1 or any(each for _, each in x.shape[2:]):
             return self._whole(node, (x,) if node.op == "call_module" else (x, 1), {})
-        places = math.prod(x.shape[2:])
+        places = math.prod(size for size, _ in x.shape[2:])
         live = (x.live[:, None] * places + torch.arange(places, device=x.live.device)).flatten()
         flat = None if x.node is None else self.new.call_function(torch.flatten, (x.node, 1))
         rest, zero = x.rest.repeat_interleave(places), x.zero.repeat_interleave(places)
@@ -524,12 +532,8 @@ class Compactor:
         return replace(x, node=moved, dim=dim, shape=_shape(node))
 
 
-def _shape(node: fx.Node) -> torch.Size:
-    return node.meta["tensor_meta"].shape
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["tensor_meta"].dtype
+def _shape(node: fx.Node) -> Shape:
+    return node.meta.get("shape", ())
 
 
 def _is_elementwise(module: nn.Module) -> bool:
@@ -537,42 +541,15 @@ def _is_elementwise(module: nn.Module) -> bool:
     return dropout or (is_activation(module) and not isinstance(module, MIXES_CHANNELS))
 
 
+def _changes_constants(pool: nn.Module) -> bool:
+    """Whether the mean of a constant is another one: where zeros around the image, or another number, count."""
+    if not isinstance(pool, nn.AvgPool1d | nn.AvgPool2d):
+        return False
+    return (pool.count_include_pad and _padded(pool)) or getattr(pool, "divisor_override", None) is not None
+
+
 def _padded(module: Any) -> bool:
     padding = module.padding
     return (
         padding != "valid" if isinstance(padding, str) else any(padding if isinstance(padding, tuple) else (padding,))
     )
-
-
-def _part(bias: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if bias is None else bias[index]
-
-
-def _layer(module: Any, weight: Tensor, bias: Tensor | None, groups: int = 1) -> nn.Module:
-    """The same kind of layer with other weights."""
-    made = copy.copy(module)
-    made._parameters = {"weight": nn.Parameter(weight.detach()), "bias": None}
-    if bias is not None:
-        made._parameters["bias"] = nn.Parameter(bias.detach())
-    if isinstance(module, nn.Linear):
-        made.out_features, made.in_features = weight.shape
-    else:
-        made.out_channels, made.in_channels, made.groups = weight.shape[0], weight.shape[1] * groups, groups
-    return made
-
-
-def _fewer_heads(attention: Attention, kept: Tensor) -> Attention:
-    """An attention with only some of its heads."""
-    made = copy.copy(attention)
-    made._modules = dict(attention._modules)
-    rows = kept.to(attention.output.weight.device).repeat_interleave(attention.head_dim)
-    for name, part in attention._modules.items():
-        if name in ("q_proj", "k_proj", "v_proj", "gate") and isinstance(part, nn.Linear):
-            made._modules[name] = _layer(part, part.weight[rows], _part(part.bias, rows))
-        elif name == "qkv" and isinstance(part, nn.Linear):
-            three = rows.repeat(3)
-            made._modules[name] = _layer(part, part.weight[three], _part(part.bias, three))
-        elif part is attention.output:
-            made._modules[name] = _layer(part, part.weight[:, rows], part.bias)
-    made.num_heads = int(kept.sum())
-    return made

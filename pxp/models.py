@@ -120,7 +120,7 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
     Raises
     ------
     ValueError
-        Unknown name, or a checkpoint whose SHA-256 differs from its card.
+        Unknown name, a checkpoint whose SHA-256 differs from its card, or a hub's model without ``weights``.
     FileNotFoundError
         The checkpoint or its card is missing.
     """
@@ -147,6 +147,8 @@ def _load(name: str, weights: str | None, folder: str | Path | None) -> nn.Modul
     if library == "timm" and rest:
         import timm
 
+        if ":" in rest and weights is None:  # timm would ask a hub for the architecture
+            raise ValueError(f"{name!r} lies on a hub; give weights to allow the download")
         return timm.create_model(rest, pretrained=weights is not None)
     raise ValueError(
         f"unknown model {name!r}; shipped: {', '.join(map(repr, SHIPPED))}; "

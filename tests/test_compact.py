@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import timm
@@ -10,12 +11,15 @@ import torch
 from conftest import NETWORKS, network, randomise, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import GATED, MODELS, images_of, lively
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_attention import GATED, MODELS, images_of, lively, two_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import MobileNetV2
 
 import pxp
-from pxp.channels import Constant, Expand, Join, Select
+from pxp.channels import Affine, Constant, Expand, Join, Select
 from pxp.follow import Compactor
 
 
@@ -32,7 +36,9 @@ def weights(model: nn.Module) -> int:
 def difference(model: nn.Module, mask: pxp.Mask, small: nn.Module, x: Tensor) -> float:
     with pxp.masked(model, mask):
         expected = model(x)
-    return float((small(x) - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+    found = small(x)
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
 
 
 def others(small: nn.Module, *kinds: type) -> int:
@@ -121,13 +127,33 @@ def test_shipped_networks(name, kinds, data, untouched):
             assert pxp.accuracy(model, data.eval) == pxp.accuracy(small, data.eval)
 
 
-MASKS = {name: network(name) for name in ("vgg16_bn", "bottleneck", "grouped")}
+def mobilenet() -> nn.Module:
+    """Depthwise convolutions between expansions and residual sums."""
+    torch.manual_seed(0)
+    setting = [[1, 16, 1, 1], [3, 24, 2, 2], [3, 32, 2, 1]]
+    return randomise(MobileNetV2(5, width_mult=0.25, inverted_residual_setting=setting))
 
 
-@settings(max_examples=40, deadline=None)
+def drawable() -> dict[str, tuple[nn.Module, Tensor, pxp.Components]]:
+    found = {}
+    for name in ("vgg16_bn", "bottleneck", "grouped", "resnet"):
+        model, x, _, units = network(name)
+        found[name] = model, x, units
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=generator)
+    found["mobilenet"] = mobilenet(), x, pxp.find_components(mobilenet(), example=x)
+    model = two_blocks()
+    found["transformer"] = model, x[..., :12, :12], pxp.find_components(model, ("head", "neuron", "mlp_output"))
+    return found
+
+
+MASKS = drawable()
+
+
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(sorted(MASKS)), st.data())
 def test_any_mask(name, draw):
-    model, x, _, units = MASKS[name]
+    model, x, units = MASKS[name]
     kept = {}
     for layer, each in units.items():
         how = draw.draw(st.sampled_from(["all", "none", "one", "some"]))
@@ -270,6 +296,255 @@ def test_hard_structures(make, rate):
         assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-10
 
 
+class TokensFirst(nn.Module):
+    """(tokens, images, channels), as PyTorch's attention has it by default; images folded into the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 6, 3, 3), nn.MultiheadAttention(6, 2)
+        self.norm, self.up, self.act, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)
+        self.last, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).permute(2, 0, 1)
+        y = self.norm(self.attention(y, y, y, need_weights=False)[0])
+        tokens, images = y.shape[:2]
+        y = self.norm(self.down(self.act(self.up(y))))
+        y = self.norm(self.last(self.act(y.flatten(0, 1)))).view(tokens, images, -1)
+        return self.fc(y.mean(0))
+
+
+class Video(nn.Module):
+    """The frames of all films are one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.GroupNorm(2, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        films, frames = x.shape[:2]
+        y = self.norm(self.b(F.relu(self.a(x.flatten(0, 1))))).mean((2, 3))
+        return self.fc(y.view(films, frames, -1).mean(1))
+
+
+class One(nn.Module):
+    """Takes one image at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 3)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.b(F.relu(self.a(x)))).view(6, -1).mean(1)[None])
+
+
+class Squeezed(nn.Module):
+    """Drops every dimension of size one, also that of a single image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.act, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.act(self.b(self.a(x).mean((2, 3), keepdim=True).squeeze()))))
+
+
+class Cropped(nn.Module):
+    """Sizes of one tensor in the slices of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.place, self.up, self.act, self.down = (
+            nn.Parameter(torch.randn(1, 30, 6)),
+            nn.Linear(6, 8),
+            nn.GELU(),
+            nn.Linear(8, 6),
+        )
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        z = F.relu(self.b(y))
+        height = z.shape[2]
+        y = (y[:, :, :height, :height] + z).flatten(2).transpose(1, 2)
+        y = y + self.place[:, : y.size(1)]
+        return self.fc((y + self.down(self.act(self.up(y)))).mean(1))
+
+
+class ReadsWeights(nn.Module):
+    """Types and weights of layers that are cut, read before and after the layers run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.up, self.act = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 8), nn.ReLU()
+        self.bias, self.fc = nn.Parameter(torch.randn(6)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(F.relu(self.a(x.to(self.a.weight.dtype)))).mean((2, 3)).to(self.b.weight.device)
+        return self.fc(F.linear(self.act(self.up(x)), self.up.weight.t(), self.bias))
+
+
+class InPlace(nn.Module):
+    """Tensors that are changed in place and read under their first name; operators, methods and functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, 6, 3, padding=1) for i in (3, 6, 6))
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        first = y
+        y += 1.0
+        y += self.b(F.relu(first))
+        torch.relu_(y)
+        z = self.c(first)
+        again = z
+        z.add_(1.0).mul_(first)
+        F.relu(again, inplace=True)
+        F.hardtanh(z, -1.0, 5.0, True)
+        size = side = z.shape[2]
+        size += 1
+        z *= size - side
+        return self.fc((z + first).mean((2, 3)))
+
+
+class Divided(nn.Module):
+    """An average that is none: constants change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+        self.pool = nn.AvgPool2d(2, divisor_override=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.pool(torch.sigmoid(self.a(x)))).mean((2, 3)))
+
+
+class NormTwice(nn.Module):
+    """One BatchNorm behind a convolution, and behind what is no channel by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.a(x)
+        x = self.b(F.relu(self.norm(raw)) + raw)
+        return self.fc(self.norm(x.flip(1)).mean((2, 3)))
+
+
+ODD = {
+    "tokens first": (TokensFirst, (3, 9, 9), ("head", "neuron")),
+    "video": (Video, (2, 3, 9, 9), "filter"),
+    "one image": (One, (3, 9, 9), "filter"),
+    "squeezed": (Squeezed, (3, 9, 9), ("filter", "neuron")),
+    "sizes in slices": (Cropped, (3, 7, 7), ("filter", "neuron")),
+    "weights read": (ReadsWeights, (3, 9, 9), ("filter", "neuron")),
+    "in place": (InPlace, (3, 9, 9), "filter"),
+    "divisor": (Divided, (3, 9, 9), "filter"),
+    "norm twice": (NormTwice, (3, 9, 9), "filter"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_structures(name, untouched):
+    make, shape, kinds = ODD[name]
+    torch.manual_seed(0)
+    model = untouched(randomise(make()))
+    x = torch.randn(1 if name == "one image" else 4, *shape, dtype=torch.float64)
+    units = pxp.find_components(model, kinds, example=x)
+    for rate in (0, 0.4, 0.8, 1):
+        for seed in range(3):
+            mask = drawn(units, rate, seed)
+            assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-10
+
+
+def test_layers_whose_weights_are_read_are_cut():
+    torch.manual_seed(0)
+    model, x = randomise(ReadsWeights()), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    mask = drawn(pxp.find_components(model, ("filter", "neuron"), example=x), 0.5)
+    small = pxp.compact(model, mask, example=x)
+    assert small.get_submodule("a").out_channels == int(mask["a"].sum()) < 6
+    assert small.get_submodule("up").out_features == int(mask["up"].sum()) < 8
+    assert {name: value.shape for name, value in small.named_parameters() if "_weight" in name} == {"up_weight": (8, 6)}
+    assert small.half()(x.half()).dtype == torch.float16  # the type that is asked for is that of the smaller network
+
+
+class Outputs(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.fc, self.how = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), how
+
+    def forward(self, x: Tensor):
+        x = F.relu(self.a(x))
+        logits = self.fc(x.mean((2, 3)))
+        return {"logits": logits, "features": [x]} if self.how == "dict" else (logits, x)
+
+
+@pytest.mark.parametrize("how", ["tuple", "dict"])
+def test_several_outputs(how, monkeypatch):
+    torch.manual_seed(0)
+    model, x = randomise(Outputs(how)), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    mask = drawn(pxp.find_components(model, example=x), 0.5)
+    small = pxp.compact(model, mask, example=x)
+    with pxp.masked(model, mask), torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+    run = Compactor.run
+
+    def misread(compactor):
+        parts, graph = run(compactor)
+        parts["expand"].rest[:] = 1  # the second output only
+        return parts, graph
+
+    monkeypatch.setattr(Compactor, "run", misread)
+    with pytest.raises(ValueError, match="has a structure that compaction does not understand"):
+        pxp.compact(model, mask, example=x)
+
+
+# --- what was compacted can be compacted again ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("vgg", ("filter", "neuron")), ("resnet", "filter"), ("vit", ("head", "neuron"))]
+)
+def test_twice(name, kinds, data):
+    """As small as at once, and equal."""
+    model, x = pxp.load_model(name), data.eval.images[:20]
+    units = pxp.find_components(model, kinds)
+    first, second = drawn(units, 0.3, 1), drawn(units, 0.3, 2)
+    small = pxp.compact(model, first)
+    left = pxp.find_components(small, kinds)
+    mask = pxp.Mask(left, {name: kept[first[name]] for name, kept in second.items()})
+    smaller = pxp.compact(small, mask)
+    at_once = pxp.compact(model, pxp.Mask(units, {name: first[name] & second[name] for name in units}))
+    with torch.no_grad():
+        assert relative(smaller(x), at_once(x)) < 1e-5
+    assert weights(smaller) == weights(at_once)
+    assert others(smaller, Expand, Select, Join) == others(at_once, Expand, Select, Join)
+    scores = pxp.attribute(small, pxp.reference_samples(data.reference, 1), left, pxp.LRP())
+    mask = scores.select(0.3)
+    assert difference(small, mask, pxp.compact(small, mask), x) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Raw", "Gated", "grouped", "resnet"])
+def test_twice_with_what_lies_between_the_layers(name):
+    if name in NETWORKS:
+        model, x, _, _ = network(name)
+    else:
+        model, x = randomise({"Raw": Raw, "Gated": Gated}[name]()), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    used = set()
+    for seed in range(4):
+        small = pxp.compact(model, drawn(pxp.find_components(model, example=x), 0.2, seed), example=x)
+        mask = drawn(pxp.find_components(small, example=x), 0.2, seed)
+        used |= {type(module) for module in small.modules()}
+        assert difference(small, mask, pxp.compact(small, mask, example=x), x) < 1e-10
+    assert used & {Affine, Constant, Expand, Join, Select}
+
+
 def test_hooks_are_not_lost_silently():
     model, _, _, units = network("vgg")
     with pxp.masked(model, drawn(units, 0.3, 1)), pytest.raises(ValueError, match="'features.1' carries forward hooks"):
@@ -349,6 +624,55 @@ def test_files_of_ones_own_network(tmp_path):
         pxp.load_compact(path)
 
 
+def test_the_model_that_is_passed_is_left_as_it_is(tmp_path, untouched):
+    model, _, _, units = network("resnet")
+    pxp.save_compact(pxp.compact(model, drawn(units, 0.4)), tmp_path / "small.safetensors")
+    another = untouched(pxp.load_model("resnet"))
+    loaded = pxp.load_compact(tmp_path / "small.safetensors", another)
+    assert next(loaded.parameters()).dtype == torch.float64 and next(another.parameters()).dtype == torch.float32
+
+
+def indices(state: dict[str, Tensor], change) -> dict[str, Tensor]:
+    return {
+        name: change(value) if value.dtype == torch.int64 and value.ndim else value for name, value in state.items()
+    }
+
+
+HARM = {
+    "a string": lambda extra, state: extra.update(example="abc"),
+    "no example": lambda extra, state: extra.update(example=None),
+    "negative": lambda extra, state: extra.update(example=[1, -1, 28, 28]),
+    "another": lambda extra, state: extra.update(example=[1, 3, 28, 28]),
+    "huge": lambda extra, state: extra.update(example=[1, 1, 10**9, 10**9]),
+    "name": lambda extra, state: extra.update(model="none such"),
+    "no name": lambda extra, state: extra.update(model=5),
+    "list": lambda extra, state: extra.update(model=["resnet"]),
+    "another network": lambda extra, state: extra.update(model="vgg"),
+    "out of range": lambda extra, state: state.update(indices(state, lambda index: index + 1000)),
+    "other places": lambda extra, state: state.update(indices(state, lambda index: index.flip(0))),
+    "integers": lambda extra, state: state.update({name: value.long() for name, value in state.items()}),
+    "one other type": lambda extra, state: state.update({"fc.weight": state["fc.weight"].double()}),
+    "a missing weight": lambda extra, state: state.pop("fc.weight"),
+    "one too many": lambda extra, state: state.update(more=torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("how", HARM)
+def test_harmed_files(how, tmp_path):
+    path = tmp_path / "small.safetensors"
+    model = pxp.load_model("resnet")
+    pxp.save_compact(pxp.compact(model, drawn(pxp.find_components(model), 0.4)), path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["pxp"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
+    HARM[how](header["extra"], state)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("state/")}
+    save_file(tensors | {f"state/{name}": value for name, value in state.items()}, path, {"pxp": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"small\.safetensors does not fit this network"):
+        pxp.load_compact(path)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +697,44 @@ def test_errors(untouched):
         pxp.compact(model, {"conv": torch.ones(4)})
     with pytest.raises(ValueError, match="of another model"):
         pxp.compact(pxp.load_model("vgg"), drawn(units, 0.5))
+
+
+class UsesWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 8, 3, 3), nn.MultiheadAttention(8, 4, batch_first=True)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        z, weights = self.attention(y, y, y)
+        return self.fc(z.mean(1)) + weights[:, :, 0].sum(1, keepdim=True)
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        y[:, :2].zero_()
+        return self.fc(y)
+
+
+def test_operations_that_cannot_be_cut_are_named():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    model = randomise(UsesWeights())
+    for rate in (0.5, 1):
+        mask = drawn(pxp.find_components(model, "head", example=x), rate)
+        with pytest.raises(ValueError, match="single heads of 'attention' cannot be taken out: its attention weights"):
+            pxp.compact(model, mask, example=x)
+    mask = drawn(pxp.find_components(model, "filter", example=x), 0.5)
+    assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-10
+    model = randomise(Writes())
+    with pytest.raises(ValueError, match=r"cannot be made smaller: 'zero_' \(zero_\) changes a tensor in place"):
+        pxp.compact(model, drawn(pxp.find_components(model, example=x), 0.5), example=x)
 
 
 def test_heads_that_cannot_be_taken_out_are_named():

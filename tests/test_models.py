@@ -88,6 +88,7 @@ def test_damaged_cards(folder, text):
         ),
         (("torchvision/",), "unknown model 'torchvision/'"),
         (("keras/vgg16",), "unknown model 'keras/vgg16'"),
+        (("timm/hf-hub:someone/something",), "lies on a hub; give weights to allow the download"),
     ],
 )
 def test_unknown_networks(arguments, message):
