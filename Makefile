@@ -7,6 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .PHONY: help book links test lint unit nbval notebooks bench train clean
@@ -25,7 +26,12 @@ help:
 .venv/.installed: requirements.txt constraints.txt pyproject.toml setup.py
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]' $(addprefix -c ,$(CONSTRAINTS))
+	$(INSTALL) -e '.[book]' $(addprefix -c ,$(CONSTRAINTS))
+	@touch $@
+
+# What only the benchmarks need.
+.venv/.bench: .venv/.installed
+	$(INSTALL) -e '.[bench]' $(addprefix -c ,$(CONSTRAINTS))
 	@touch $@
 
 book: .venv/.installed
@@ -53,7 +59,7 @@ notebooks: .venv/.installed
 	$(BIN)/python tests/notebook_execute.py
 	$(BIN)/ruff format notebooks
 
-bench: .venv/.installed
+bench: .venv/.bench
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/removal.py
 

@@ -1,5 +1,6 @@
 """Reads the dependencies from requirements.txt, their one source; everything else is in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -9,7 +10,10 @@ def names(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf8")
-runtime, book = lines.split("# --- book, tests and tools: the extra [book]\n")
+text = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf8")
+runtime, *extras = re.split(r"# --- .*: the extra \[(\w+)\]\n", text)
 
-setup(install_requires=names(runtime), extras_require={"book": names(book)})
+setup(
+    install_requires=names(runtime),
+    extras_require=dict(zip(extras[::2], map(names, extras[1::2]), strict=True)),
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .compact import compact
-from .components import Components, example_input
-from .cost import timer
-from .prune import Mask, guarded
+from .components import Components, _reader, example_input
+from .cost import layer_seconds, pass_seconds
+from .prune import Mask, guarded, per_cost
 from .replica import evaluating, replica
 
 STEP = 0.05  # share of the components' cost that goes before relevance per cost is ranked anew
+NOTHING = 1e-9
 
 
 class Budget:
@@ -43,7 +43,7 @@ class Budget:
         with evaluating(model), torch.inference_mode():
             if self.quantity == "latency":
                 # the fastest of many: what else the machine does must not decide what is pruned
-                return min(timer(model, self.images).blocked_autorange(min_run_time=0.2).times)
+                return min(pass_seconds(model, self.images, 0.2))
             with FlopCounterMode(display=False) as counter:
                 replica(model)(self.images)
         return counter.get_total_flops()
@@ -61,25 +61,24 @@ class Budget:
             raise self._out_of_reach()
         return self._first(masks, number)
 
-    def per_cost(self, keys: Mapping[str, Tensor], units: Components, cost: str, min_keep: int) -> Mask:
-        """Prune the lowest ``keys`` per ``cost``; after every step, what a filter costs is less by its lost inputs."""
+    def per_cost(
+        self, scores: Mapping[str, Tensor], units: Components, price: Mapping[str, float], order: str, min_keep: int
+    ) -> Mask:
+        """Prune by score per cost; after every step a component costs less by the weights that went with others."""
         sizes = [layer.size for layer in units.values()]
-        key = torch.cat([keys[name] for name in units])
-        stays = torch.cat([guarded(keys[name], min_keep) for name in units])
-        if cost == "latency":
-            dense = latencies(self.model, units, self.images)
-        else:
-            dense = {name: float(getattr(layer, cost)) for name, layer in units.items()}
-        step = STEP * sum(dense[name] * layer.size for name, layer in units.items())
+        sign = 1 if order == "least" else -1
+        score = torch.cat([scores[name] for name in units])
+        stays = torch.cat([guarded(sign * scores[name], min_keep) for name in units])
+        step = STEP * sum(price[name] * layer.size for name, layer in units.items())
         mask = Mask(units, {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()})
         while True:
-            small = compact(self.model, mask, example=self.images)
-            now = {name: price * _inputs_left(name, units, self.model, small) for name, price in dense.items()}
-            price = torch.cat([torch.full((units[name].size,), now[name], dtype=torch.float64) for name in units])
+            left = weights_left(self.model, compact(self.model, mask, example=self.images), units)
+            now = torch.cat([torch.full((n,), price[k] * left[k]).double() for k, n in zip(units, sizes, strict=True)])
             alive = torch.cat(list(mask.values()))
             free = alive & ~stays
-            queue = torch.argsort((key / price).masked_fill(~free, torch.inf), stable=True)[: int(free.sum())]
-            number = min(len(queue), 1 + int((price[queue].cumsum(0) < step).sum()))
+            queue = torch.argsort((sign * per_cost(score, now)).masked_fill(~free, torch.inf), stable=True)
+            queue = queue[: int(free.sum())]
+            number = min(len(queue), 1 + int((now[queue].cumsum(0) < step).sum()))
 
             def after(count: int, alive: Tensor = alive, queue: Tensor = queue) -> Mask:
                 left = alive.index_fill(0, queue[:count], False).split(sizes)
@@ -105,10 +104,11 @@ class Budget:
 
 
 def latencies(model: nn.Module, units: Components, example: Tensor | None = None) -> dict[str, float]:
-    """Measured seconds of each layer of components, divided by its size; of heads, without the softmax's own time."""
-    seconds = _seconds(replica(model), _batch(model, example))
+    """Measured seconds of each layer of components with all that runs inside it, divided by its size."""
+    seconds = layer_seconds(replica(model), _batch(model, example))
     return {
-        name: sum(value for inner, value in seconds.items() if f"{inner}.".startswith(f"{name}.")) / layer.size
+        # the fastest pass, for the same reason as above
+        name: sum(min(times) for inner, times in seconds.items() if f"{inner}.".startswith(f"{name}.")) / layer.size
         for name, layer in units.items()
     }
 
@@ -118,38 +118,25 @@ def _batch(model: nn.Module, example: Tensor | None) -> Tensor:
     return one if example is None else example.to(one)
 
 
-def _inputs_left(name: str, units: Components, model: nn.Module, small: nn.Module) -> float:
-    """Share of a filter's inputs that are left; neurons and heads read the residual stream, which stays."""
-    layers = dict(small.named_modules())
-    if units[name].kind != "filter" or name not in layers:
-        return 1.0
-    before, now = (next(m.get_submodule(name).parameters())[0].numel() for m in (model, small))
-    return now / before
+def weights_left(model: nn.Module, small: nn.Module, units: Components) -> dict[str, float]:
+    """Share of the weights that go with one component of each layer which its compacted network still has.
 
+    They go with the components in front of a layer, and those of a neuron also with the outputs that read it. A head's
+    weights read and write the residual stream, which stays.
+    """
+    dense, rest = dict(replica(model).named_modules()), dict(small.named_modules())
 
-def _seconds(model: nn.Module, images: Tensor, repeats: int = 5) -> dict[str, float]:
-    """Least seconds of every module that has weights of its own."""
-    times: dict[str, list[float]] = {}
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
-    began = 0.0
+    def shape(modules: Mapping[str, nn.Module], name: str | None) -> tuple[int, int]:
+        """Outputs, and weights of each."""
+        if name is None or name not in modules:
+            return 0, 0
+        weight = next(modules[name].parameters())
+        return len(weight), weight[0].numel()
 
-    def start(module: nn.Module, inputs: object) -> None:
-        nonlocal began
-        wait()
-        began = time.perf_counter()
-
-    def stop(name: str):
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            wait()
-            times.setdefault(name, []).append(time.perf_counter() - began)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None:
-            module.register_forward_pre_hook(start)
-            module.register_forward_hook(stop(name))
-    with evaluating(model), torch.inference_mode():
-        for _ in range(repeats + 1):
-            model(images)
-    return {name: min(values[1:] or values) for name, values in times.items()}
+    shares = {}
+    for name, layer in units.items():
+        then = _reader(name, units.trace, dense) if layer.kind == "neuron" else None
+        now, before = (shape(modules, name)[1] + shape(modules, then)[0] for modules in (rest, dense))
+        # what has become constant has no layer and costs nothing, but is divided by
+        shares[name] = 1.0 if layer.kind == "head" else max(now / before if name in rest else 0, NOTHING)
+    return shares

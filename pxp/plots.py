@@ -151,35 +151,40 @@ def styled(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return drawn
 
 
-def costs(named: Mapping[str, Cost]) -> Figure:
-    """Costs side by side: what they are of the first one's, and the operations of every layer.
+def costs(named: Mapping[str, Cost], layers: str = "flops") -> Figure:
+    """Costs side by side: what they are of the first one's, and one of them for every layer.
 
     Parameters
     ----------
     named : mapping of str to Cost
         Legend label → cost, such as those of the dense, the masked and the compacted network.
+    layers : {"flops", "parameters", "bytes", "memory", "latency"}
+        What to draw for every layer.
 
     Returns
     -------
     Figure
+        Of what the first network has nothing of, no share is drawn.
     """
     import matplotlib.pyplot as plt
 
+    from .cost import QUANTITIES, per_layer
+
     parts = {"parameters": "parameters", "FLOPs": "flops", "activations": "memory", "time": "latency"}
-    first, layers = next(iter(named.values())), list(dict.fromkeys(n for c in named.values() for n in c.layers))
+    first, rows = next(iter(named.values())), per_layer(named, layers)
     width = 0.8 / len(named)
     with plt.rc_context(STYLE):
         figure, (total, each) = plt.subplots(2, 1, figsize=(7, 6))
     for index, (label, cost) in enumerate(named.items()):
         shift = (index - (len(named) - 1) / 2) * width
         style = {"width": width, "color": COLORS[index % len(COLORS)]}
-        shares = [100 * getattr(cost, part) / getattr(first, part) for part in parts.values()]
+        shares = [100 * getattr(cost, part) / (getattr(first, part) or np.nan) for part in parts.values()]
         total.bar(np.arange(len(parts)) + shift, shares, label=label, **style)
-        each.bar(np.arange(len(layers)) + shift, [cost.layers.get(name, 0) / 1e6 for name in layers], **style)
+        each.bar(np.arange(len(rows)) + shift, [values[index] for values in rows.values()], **style)
     total.set_xticks(np.arange(len(parts)), list(parts))
     total.set_ylabel(f"of {next(iter(named))} (%)")
-    each.set_xticks(np.arange(len(layers)), layers, rotation=60, ha="right", fontsize=10)
-    each.set(ylabel="MFLOPs", xlabel="layer, in the order of execution")
+    each.set_xticks(np.arange(len(rows)), list(rows), rotation=60, ha="right", fontsize=10)
+    each.set(ylabel=QUANTITIES[layers][0], xlabel="layer, in the order of execution")
     for ax in (total, each):
         ax.grid(axis="x", visible=False)
     figure.legend(loc="outside upper center", ncols=len(named), frameon=False)

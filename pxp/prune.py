@@ -184,10 +184,12 @@ class Scores(_ByLayer):
             where too little is left to prune.
         cost : {"parameters", "flops", "latency"}, optional
             Rank by score per cost. This is how kinds of different size, such as heads and neurons, are pruned together.
-            Parameters and operations of a component are the attributes of :class:`pxp.components.Layer`, latency is
-            the measured time of its layer divided by the layer's size. With ``rate``, as many are pruned as save this
-            share of the whole cost (never more). With a budget, the costs are updated as a layer's inputs go. Default:
-            every component counts the same.
+            Negative scores are multiplied by the cost instead: of two components that do equal harm, the one that
+            costs more goes first. Parameters and operations of a component are the attributes of
+            :class:`pxp.components.Layer`, latency is the measured time of its layer divided by the layer's size. With
+            ``rate``, as many are pruned as save this share of the whole cost (never more). With a budget, the costs
+            are updated as neighbours go: a filter, a neuron or an MLP output costs less by its lost inputs, a neuron
+            also by the lost outputs of the layer that reads it. Default: every component counts the same.
         model, example : optional
             For budgets and ``cost="latency"``: the model, by default the one that the components were found in; and a
             batch of its inputs, as for :func:`pxp.compact`.
@@ -227,7 +229,13 @@ class Scores(_ByLayer):
             raise ValueError(f"min_keep must not be negative, got {min_keep}")
 
         scores = self if by == "magnitude" else self.signed
-        keys = {name: values if order == "least" else -values for name, values in scores.items()}
+        price = {name: float(getattr(layer, cost or "", 1)) for name, layer in self.units.items()}
+        if cost == "latency":
+            from .budget import latencies
+
+            price = latencies(self.units.need_model(model), self.units, example)
+        if 0 in price.values():
+            raise ValueError(f"{cost} of these layers are unknown: {', '.join(n for n, p in price.items() if p == 0)}")
         if "rate" not in given and count is None:
             if cost is not None and scope == "layer":
                 raise ValueError('score per cost ranks across layers; use scope="global"')
@@ -236,19 +244,13 @@ class Scores(_ByLayer):
             ((quantity, share),) = given.items()
             budget = Budget(self.units.need_model(model), quantity, share, example)
             if cost is not None:
-                return budget.per_cost(keys, self.units, cost, min_keep)
+                return budget.per_cost(scores, self.units, price, order, min_keep)
             number = self.units.total if scope == "global" else max(layer.size for layer in self.units.values())
             options: dict[str, Any] = {"by": by, "order": order, "scope": scope, "min_keep": min_keep}
             return budget.along(lambda step: self.select(step / number, **options), number)
 
-        price = {name: float(getattr(layer, cost or "", 1)) for name, layer in self.units.items()}
-        if cost == "latency":
-            from .budget import latencies
-
-            price = latencies(self.units.need_model(model), self.units, example)
-        if 0 in price.values():
-            raise ValueError(f"{cost} of these layers are unknown: {', '.join(n for n, p in price.items() if p == 0)}")
-        keys = {name: values / price[name] for name, values in keys.items()}
+        keys = {name: per_cost(values, price[name]) for name, values in scores.items()}
+        keys = {name: values if order == "least" else -values for name, values in keys.items()}
         groups = [list(keys)] if scope == "global" else [[name] for name in keys]
         kept: dict[str, Tensor] = {}
         for names in groups:
@@ -300,6 +302,11 @@ class Scores(_ByLayer):
                 f"  {name:<{width}}  {len(values):4}  {values.median():9.3g}  {values.max():9.3g}  {negative:8.0%}"
             )
         return "\n".join(rows)
+
+
+def per_cost(scores: Tensor, price: float | Tensor) -> Tensor:
+    """Score per cost; below zero, where a higher cost is a reason more to prune, score times cost."""
+    return torch.where(scores < 0, scores * price, scores / price)
 
 
 def guarded(key: Tensor, number: int) -> Tensor:
@@ -410,6 +417,7 @@ def load_tensors(path: str | Path, what: str) -> tuple[Components, dict[str, dic
             found["heads"],
             found["positions"],
             tuple(found["overwritten"]),
+            {name: tuple(called) for name, called in found.get("functions", {}).items()},
         )
         layers = [Layer(**{**entry, "site": tuple(entry["site"])}) for entry in header["layers"]]
         kind, extra = header["kind"], header["extra"]

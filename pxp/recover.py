@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +22,7 @@ from .criteria import Magnitude, Random
 from .data import Data
 from .prune import Mask, Scores, masked
 from .replica import evaluating
-from .studies import whole
+from .studies import fingerprints, whole
 
 
 def prune_gradually(
@@ -30,6 +36,7 @@ def prune_gradually(
     by: str = "magnitude",
     min_keep: int = 0,
     batch_size: int = 32,
+    state: str | Path | None = None,
     progress: bool = True,
 ) -> Mask:
     """Prune a little, score what is left anew, and go on: no component is judged by a network that no longer exists.
@@ -44,6 +51,8 @@ def prune_gradually(
         Attributions; 1 is the ordinary one-shot pruning.
     by, min_keep
         As for :meth:`pxp.Scores.select`.
+    state : path, optional
+        File for the state after each step; a call that finds one goes on from there.
     progress : bool, default True
 
     Returns
@@ -54,14 +63,24 @@ def prune_gradually(
     Raises
     ------
     ValueError
-        ``steps`` below 1; as :func:`pxp.attribute` and :meth:`pxp.Scores.select`.
+        ``steps`` that is no number of steps; a file that is not this run's state; as :func:`pxp.attribute` and
+        :meth:`pxp.Scores.select`.
+    FileNotFoundError
+        No folder for the state.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], got {rate}")
-    mask = Mask(units, {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()})
-    bar = tqdm(range(1, steps + 1), desc="prune", delay=5, leave=False, disable=not progress)
+    steps = _count("steps", steps)
+    even = {name: torch.zeros(layer.size) for name, layer in units.items()}
+    nothing = Scores(units, even, even)
+    nothing.select(rate, by=by, min_keep=min_keep)  # a wrong value is an error now, not after the first attribution
+    mask, begun, about = nothing.select(0), 0, {}
+    if state is not None:
+        about = {"rate": float(rate), "steps": steps, "by": by, "min_keep": min_keep, "criterion": repr(criterion)}
+        about |= {"components": repr(units), "network": _digest(_tensors(model))}
+        about |= {"references": None if refs is None else _digest(whole(refs))}
+        saved = _load(state, about)
+        if saved is not None:
+            mask, begun = Mask(units, saved["kept"]), saved["done"]
+    bar = tqdm(range(begun + 1, steps + 1), desc="prune", delay=5, leave=False, disable=not progress)
     for step in bar:
         with masked(model, mask):
             scores = attribute(model, refs, units, criterion, batch_size=batch_size, progress=False)
@@ -73,9 +92,13 @@ def prune_gradually(
         mask = once.select(rate * step / steps, min_keep=min_keep)
         if isinstance(criterion, Magnitude | Random):  # they do not look at the network's state
             return once.select(rate, min_keep=min_keep)
+        if state is not None:
+            _save(state, about, step, {"kept": dict(mask)})
     return mask
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
     data: Data,
@@ -123,28 +146,36 @@ def finetune(
     Raises
     ------
     ValueError
-        ``epochs``, ``lr`` or ``temperature`` that is not positive; a state of another run.
+        ``epochs``, ``lr``, ``batch_size`` or ``temperature`` that is not positive; a network without parameters;
+        weights that become infinite or NaN; a file that is not this run's state.
+    FileNotFoundError
+        No folder for the state.
     """
-    for name, value in (("epochs", epochs), ("lr", lr), ("temperature", temperature), ("batch_size", batch_size)):
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    epochs, batch_size = _count("epochs", epochs), _count("batch_size", batch_size)
+    for name, value in (("lr", lr), ("temperature", temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
     images, labels = whole(data)
     trained = copy.deepcopy(model)
     parameters = [parameter.requires_grad_() for parameter in trained.parameters()]
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     images, labels = images.to(parameters[0]), labels.to(parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     batches_per_epoch = -(-len(labels) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches_per_epoch)
-    about = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "images": len(labels)}
+    parts: dict[str, Any] = {"network": trained, "optimizer": optimizer, "schedule": schedule}
+    about: dict[str, Any] = {}
     begun = 0
-    if state is not None and Path(state).is_file():
-        saved = torch.load(state, weights_only=True)
-        if saved["about"] != about:
-            raise ValueError(f"{state} is the state of another run: {saved['about']}, not {about}")
-        trained.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        begun = saved["epoch"]
+    if state is not None:
+        about = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+        about |= {"network": _digest(_tensors(model)), "data": _digest((images, labels))}
+        about |= {"teacher": None if teacher is None else _digest(_tensors(teacher))}
+        saved = _load(state, about)
+        if saved is not None:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            begun = saved["done"]
     bar = tqdm(total=(epochs - begun) * batches_per_epoch, desc="finetune", delay=5, leave=False, disable=not progress)
     devices = [parameters[0].device] if parameters[0].is_cuda else []
     with bar, torch.random.fork_rng(devices), evaluating(teacher or nn.Identity()):
@@ -165,9 +196,10 @@ def finetune(
                 optimizer.step()
                 schedule.step()
                 bar.update()
+            if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+                raise ValueError(f"weights are infinite or NaN after epoch {epoch + 1} of {epochs}; lower lr={lr:g}")
             if state is not None:
-                parts = {"model": trained.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save({"about": about, "epoch": epoch + 1, "schedule": schedule.state_dict(), **parts}, state)
+                _save(state, about, epoch + 1, {name: part.state_dict() for name, part in parts.items()})
     return trained.eval()
 
 
@@ -175,3 +207,52 @@ def _divergence(logits: Tensor, goal: Tensor, temperature: float) -> Tensor:
     """Kullback-Leibler divergence of the softened outputs, on the scale of the cross-entropy's gradient."""
     soft, target = F.log_softmax(logits / temperature, 1), F.log_softmax(goal / temperature, 1)
     return temperature**2 * F.kl_div(soft, target, reduction="batchmean", log_target=True)
+
+
+def _count(name: str, value: int) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+    return int(value)
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """A short hash of all values, to see whether a state is of the same run."""
+    marks = [mark for tensor in tensors for mark in (str(tensor.shape), *fingerprints(torch.atleast_2d(tensor)))]
+    return hashlib.blake2b("".join(marks).encode(), digest_size=6).hexdigest()
+
+
+def _load(state: str | Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What :func:`_save` wrote for the same run, None if there is no file yet."""
+    path = Path(state)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder for the state {path}")
+    if not path.exists():
+        return None
+    damaged = f"{path} is no state that this function has written, or it is damaged"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # a folder, or no permission
+    except Exception as error:  # there is no end to how a damaged pickle fails
+        raise ValueError(damaged) from error
+    found = saved.get("about") if isinstance(saved, dict) else None
+    if not isinstance(found, dict) or set(found) != set(about):
+        raise ValueError(damaged)
+    odd = [name for name in about if found[name] != about[name]]
+    if odd:
+        raise ValueError(f"{path} is the state of another run: {', '.join(odd)} differ; delete it or name another file")
+    return saved
+
+
+def _save(state: str | Path, about: dict[str, Any], done: int, parts: dict[str, Any]) -> None:
+    path = Path(state)
+    part = path.with_name(f"{path.name}.part")
+    torch.save({"about": about, "done": done, **parts}, part)
+    os.replace(part, path)  # never a half-written state

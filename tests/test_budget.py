@@ -1,13 +1,14 @@
 """Selecting to a budget: the smaller network costs at most what it may, and one component more would be too dear."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import pxp
-from pxp.budget import Budget, latencies
+from pxp.budget import Budget, latencies, weights_left
 
 SHAPE = {"example": torch.rand(2, 1, 28, 28)}
 
@@ -76,6 +77,100 @@ def test_cost_per_filter_falls_as_its_inputs_go():
     static = scores.select(0.5, cost="parameters")
     assert int(static["2"].sum()) < 8 and static["0"].sum() == 4
     assert int(mask["2"].sum()) > int(static["2"].sum())
+
+
+def mlp():
+    """Three layers of neurons of equal cost behind the first."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(16, 4)).eval()
+    return model, pxp.find_components(model, "neuron")
+
+
+def keeping(units, **numbers):
+    return {
+        name: torch.arange(layer.size) < numbers.get(f"of_{name.replace('.', '_')}", layer.size)
+        for name, layer in units.items()
+    }
+
+
+def test_weights_of_neurons_go_with_their_inputs_and_their_readers():
+    model, units = mlp()
+    small = pxp.compact(model, pxp.Mask(units, keeping(units, of_0=4, of_6=8)))
+    left = weights_left(model, small, units)
+    # 16 inputs and 16 outputs each, the last one 4
+    assert left == {"0": 1.0, "2": (4 + 16) / 32, "4": (16 + 8) / 32, "6": 1.0}
+    # what is counted on the compacted network itself is the same (a bias more)
+    again = pxp.find_components(small, "neuron")
+    assert all(again[name].parameters - 1 == left[name] * (units[name].parameters - 1) for name in units)
+    # what has no input is constant and costs nothing
+    gone = weights_left(model, pxp.compact(model, pxp.Mask(units, keeping(units, of_2=0))), units)
+    assert all(0 < share < 1e-6 for share in gone.values())
+
+
+def test_weights_of_other_components():
+    model = pxp.load_model("vgg")
+    units = pxp.find_components(model, ("filter", "neuron"))
+    kept = {name: torch.arange(layer.size) % 2 == 0 for name, layer in units.items()}
+    left = weights_left(model, pxp.compact(model, pxp.Mask(units, kept)), units)
+    first, *convolutions = (name for name, layer in units.items() if layer.kind == "filter")
+    assert left[first] == 1.0 and {left[name] for name in convolutions} == {0.5}
+    # the second one's readers are the ten classes
+    assert left["classifier.0"] == 0.5 and left["classifier.3"] == (64 + 10) / (128 + 10)
+    model = pxp.load_model("vit")
+    units = pxp.find_components(model, ("head", "neuron", "mlp_output"))
+    kept = {name: torch.arange(layer.size) % 2 == 0 for name, layer in units.items()}
+    left = weights_left(model, pxp.compact(model, pxp.Mask(units, kept)), units)
+    # neurons read the residual stream, which stays; what reads them has lost half of its rows
+    assert {(units[name].kind, share) for name, share in left.items()} == {
+        ("head", 1.0), ("neuron", 0.75), ("mlp_output", 0.5),
+    }  # fmt: skip
+
+
+def test_the_price_of_a_neuron_falls_as_its_neighbours_go():
+    _model, units = mlp()  # components do not hold their model
+    # the first layer's are of no worth; then those behind it are the cheapest, and of two that are worth the same ...
+    values = {name: torch.full((16,), 1.0) for name in units}
+    values["0"] = torch.full((16,), 0.01)
+    values["0"][:2] = 5.0
+    values["2"] = torch.full((16,), 0.9)
+    scores = pxp.Scores(units, values, values)
+    mask, static = scores.select(parameters=0.6, cost="parameters"), scores.select(0.45, cost="parameters")
+    assert mask["0"].sum() == 2 and mask["2"].all()  # ... the dearer goes first
+    assert static["0"].sum() == 2 and not static["2"].all()
+
+
+@pytest.mark.parametrize("order", ["least", "most"])
+def test_harm_is_multiplied_by_the_cost(order):
+    """Of filters that do equal harm the dear ones go first, with a rate and with a budget; or, in reverse, last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten())
+    model.append(nn.Linear(4 * 64, 2))
+    example = torch.rand(1, 1, 8, 8)
+    units = pxp.find_components(model.eval(), example=example)
+    assert units["2"].flops == 4 * units["0"].flops
+    signed = {name: torch.tensor([-1.0, -1.0, 1.0, 1.0]) for name in units}
+    scores = pxp.Scores(units, {name: values.abs() for name, values in signed.items()}, signed)
+    total = sum(layer.flops * layer.size for layer in units.values())
+    for number, expected in (
+        (2, {"least": {"2": {0, 1}}, "most": {"0": {2, 3}}}),
+        (4, {"least": {"0": {0, 1}, "2": {0, 1}}, "most": {"0": {2, 3}, "2": {2, 3}}}),
+        (6, {"least": {"0": {0, 1}, "2": {0, 1, 2, 3}}, "most": {"0": {0, 1, 2, 3}, "2": {2, 3}}}),
+    ):
+        wanted = {name: expected[order].get(name, set()) for name in units}
+        rate = sum(units[name].flops * len(each) for name, each in wanted.items()) / total
+        mask = scores.select(rate, by="signed", order=order, cost="flops")
+        assert {name: set(torch.where(~kept)[0].tolist()) for name, kept in mask.items()} == wanted, number
+    mask = scores.select(flops=0.75, by="signed", order=order, cost="flops", example=example)
+    assert mask["2"][:2].all() == (order == "most") and mask["0"][2:].all() == (order == "least")
+
+
+def test_a_cost_that_is_unknown_is_an_error_with_a_budget_too(networks):
+    units = networks["vgg"][1].units
+    unknown = pxp.Components("filter", [replace(layer, flops=0) for layer in units.values()], units.trace)
+    scores = pxp.Scores(unknown, dict(networks["vgg"][1]), dict(networks["vgg"][1]))
+    with pytest.raises(ValueError, match=r"flops of these layers are unknown: features\.0"):
+        scores.select(parameters=0.5, cost="flops", model=networks["vgg"][0])
 
 
 def test_latency(networks):

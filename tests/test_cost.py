@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import pytest
 import torch
+import torchvision
 from conftest import network
 from torch import nn
 
 import pxp
+from pxp.cost import QUANTITIES
 
 
 def test_counts_by_hand(untouched):
@@ -49,12 +54,109 @@ def test_a_mask_saves_nothing_and_compaction_does(untouched):
     )
 
 
+class Own(nn.Module):
+    """Multiplies by a parameter of its own, between modules; one of them has the name of the class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Own, self.matrix, self.inner = (
+            nn.Linear(4, 4),
+            nn.Parameter(torch.ones(4, 4)),
+            nn.Sequential(nn.Linear(4, 3)),
+        )
+
+    def forward(self, x):
+        return self.inner(self.Own(x) @ self.matrix)
+
+
+def timm_vit():
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: pxp.load_model("vit"), (1, 28, 28)),
+        (lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 24, 48, num_classes=5), (3, 32, 32)),
+        (timm_vit, (3, 32, 32)),
+        (torchvision.models.convnext_tiny, (3, 32, 32)),
+        (torchvision.models.resnet18, (3, 32, 32)),
+        (lambda: nn.Conv2d(3, 4, 3), (3, 8, 8)),
+        (lambda: nn.Linear(3, 4), (3,)),
+        (Own, (4,)),
+    ],
+    ids=["vit", "torchvision-vit", "timm-vit", "convnext", "resnet", "convolution", "linear", "own"],
+)
+def test_layers_add_up(make, shape, untouched):
+    model = make()
+    untouched(model)
+    found = pxp.cost(model, torch.rand(2, *shape), seconds=0.001)
+    parts = found.by_layer.values()
+    assert found.flops == sum(found.layers.values()) > 0 and min(found.layers.values()) > 0
+    assert found.parameters == sum(part.parameters for part in parts)
+    assert found.bytes == sum(part.bytes for part in parts)
+    assert found.memory == max(part.memory for part in parts) > 0
+    assert 0 < sum(part.latency for part in parts) < 1 and {(part.batch, part.threads) for part in parts} == {(2, 1)}
+
+
+def test_a_module_counts_without_the_modules_inside_it():
+    found = pxp.cost(Own(), torch.rand(2, 4), seconds=0.001)
+    assert found.layers == {"": 2 * 2 * 16, "Own": 2 * 2 * 16, "inner.0": 2 * 2 * 12}
+    parameters = {name: part.parameters for name, part in found.by_layer.items()}
+    assert parameters == {"": 16, "Own": 20, "inner": 0, "inner.0": 15}
+    assert pxp.compare_costs({"a": found}).splitlines()[-3].split() == ["(model)", "0.0"]
+    linear = nn.Linear(4, 4)  # a module that is used twice has one name
+    twice = pxp.cost(nn.Sequential(linear, nn.ReLU(), linear), torch.rand(2, 4), seconds=0.001)
+    assert twice.layers == {"0": 2 * 2 * 2 * 16} and twice.by_layer["0"].parameters == 20
+
+
+def test_memory_and_time_say_where_the_cost_is():
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.005)
+            return x.repeat(1, 100).sum(1, keepdim=True) + x
+
+    found = pxp.cost(nn.Sequential(nn.Linear(4, 4), Slow(), nn.Linear(4, 4)), torch.rand(8, 4), seconds=0.001).by_layer
+    assert found["1"].latency >= 0.005 > 5 * max(found[name].latency for name in ("", "0", "2"))
+    assert found["1"].memory >= 4 * 8 * 400 > 5 * max(found[name].memory for name in ("", "0", "2"))
+
+
+@pytest.mark.parametrize("quantity", ["parameters", "bytes", "memory", "latency"])
+def test_other_costs_of_layers_are_printed_and_drawn(quantity):
+    model = nn.Sequential(nn.Conv2d(1, 2000, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8000, 2))
+    found = pxp.cost(model, torch.rand(1, 1, 4, 4), seconds=0.001)
+    title, unit, style = QUANTITIES[quantity]
+    lines = pxp.compare_costs({"a": found}, layers=quantity).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(title))
+    shown = dict(line.split() for line in lines[start + 1 :] if line.startswith("  "))
+    expected = {name: getattr(part, quantity) / unit for name, part in found.by_layer.items()}
+    assert {"0", "3"} <= set(shown)
+    assert all(shown[name or "(model)"] == format(value, style) for name, value in expected.items() if value)
+    drawn = pxp.plots.costs({"a": found}, layers=quantity).axes[1]
+    assert [bar.get_height() for bar in drawn.patches] == pytest.approx([value for value in expected.values() if value])
+    assert drawn.get_ylabel() == title
+
+
+def test_a_share_of_nothing_is_not_drawn():
+    nothing, some = (
+        pxp.cost(model, torch.rand(2, 3), seconds=0.001) for model in (nn.Sequential(nn.ReLU()), nn.Linear(3, 2))
+    )
+    assert nothing.parameters == nothing.flops == 0 and nothing.layers == {}
+    heights = [bar.get_height() for bar in pxp.plots.costs({"a": nothing, "b": some}).axes[0].patches]
+    assert [math.isnan(height) for height in heights] == [True, True, False, False] * 2
+
+
 def test_only_equal_batches_are_compared():
     model = pxp.load_model("vit")
     one, two = (pxp.cost(model, torch.rand(n, 1, 28, 28), seconds=0.001) for n in (1, 2))
     for named, shown in (({}, r"\[\]"), ({"a": one, "b": two}, r"\[1, 2\]")):
         with pytest.raises(ValueError, match=f"costs of one batch size are comparable, got {shown}"):
             pxp.compare_costs(named)
+    for compare in (pxp.compare_costs, pxp.plots.costs):
+        with pytest.raises(ValueError, match="layers must be one of 'parameters', .*, got 'time'"):
+            compare({"a": one}, layers="time")
 
 
 def test_the_operations_of_attention_are_counted():

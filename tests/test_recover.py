@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
 from conftest import network, snapshot
@@ -93,36 +96,164 @@ class Stop(Exception):
     pass
 
 
+def stopping_after(number, monkeypatch):
+    """Let the process "end" while it writes the state after this one."""
+    original, calls = torch.save, []
+
+    def save(content, path):
+        calls.append(path)
+        original(content, path)
+        if len(calls) == number + 1:
+            path.write_bytes(path.read_bytes()[:100])
+            raise Stop
+
+    monkeypatch.setattr(torch, "save", save)
+    return calls
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     _, small, images, labels = task()
     options = {"epochs": 3, "batch_size": 20, "state": tmp_path / "state.pt"}
     whole = pxp.finetune(small, (images, labels), epochs=3, batch_size=20)
-    original, calls = torch.save, []
-
-    def save(*arguments):
-        original(*arguments)
-        calls.append(1)
-        if len(calls) == 2:
-            raise Stop
-
-    monkeypatch.setattr(torch, "save", save)
+    calls = stopping_after(1, monkeypatch)
     with pytest.raises(Stop):
         pxp.finetune(small, (images, labels), **options)
     resumed = pxp.finetune(small, (images, labels), **options)
-    assert len(calls) == 3
+    assert len(calls) == 4  # the second epoch was trained twice
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    with pytest.raises(ValueError, match="the state of another run"):
-        pxp.finetune(small, (images, labels), **{**options, "epochs": 4})
+    again = pxp.finetune(small, (images, labels), **options)
+    assert len(calls) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_errors():
-    model, x, labels, units = network("vgg")
-    for options, message in (
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"rate": 1.2}, r"rate must be in \[0, 1\]"),
+def test_gradual_pruning_goes_on(tmp_path, monkeypatch):
+    model, x, labels, units = network("vgg", samples=3)
+    arguments = (model, (x, labels), units, pxp.LRP(), 0.4)
+    whole = pxp.prune_gradually(*arguments, steps=3)
+    scored = []
+    monkeypatch.setattr("pxp.recover.attribute", lambda *a, **k: scored.append(1) or pxp.attribute(*a, **k))
+    calls = stopping_after(1, monkeypatch)
+    with pytest.raises(Stop):
+        pxp.prune_gradually(*arguments, steps=3, state=tmp_path / "state.pt")
+    for attributions in (2 + 2, 2 + 2):
+        resumed = pxp.prune_gradually(*arguments, steps=3, state=tmp_path / "state.pt")
+        assert all(torch.equal(resumed[name], whole[name]) for name in units)
+        assert len(scored) == attributions and len(calls) == 4
+    for options, what in (
+        ({"steps": 4}, "steps"),
+        ({"steps": 3, "by": "signed", "min_keep": 1}, "by, min_keep"),
+        ({"rate": 0.3}, "rate"),
+        ({"criterion": pxp.LRP("gamma")}, "criterion"),
+        ({"refs": (x, labels.flip(0) + 1)}, "references"),
+        ({"refs": None}, "references"),
+        ({"units": units.without("features.0")}, "components"),
+        ({"model": network("vgg", seed=1)[0]}, "network"),
     ):
-        with pytest.raises(ValueError, match=message):
-            pxp.prune_gradually(model, (x, labels), units, pxp.LRP(), **{"rate": 0.5, **options})
-    for name in ("epochs", "lr", "temperature", "batch_size"):
-        with pytest.raises(ValueError, match=f"{name} must be positive"):
-            pxp.finetune(model, (x, labels), **{name: 0})
+        changed = dict(zip(("model", "refs", "units", "criterion", "rate"), arguments, strict=True)) | {"steps": 3}
+        with pytest.raises(ValueError, match=rf"state\.pt is the state of another run: {what} differ"):
+            pxp.prune_gradually(**{**changed, **options}, state=tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt is no state that this function has written"):
+        pxp.finetune(model, (x, labels), state=tmp_path / "state.pt")
+
+
+def test_a_state_is_of_one_run_only(tmp_path):
+    model, small, images, labels = task()
+    state = tmp_path / "state.pt"
+    options = {"batch_size": 20, "teacher": model, "state": state}
+    pxp.finetune(small, (images, labels), **options)
+    other = task()[1]
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    for network_, data, changed, what in (
+        (small, (images, labels), {"epochs": 2}, "epochs"),
+        (small, (images, labels), {"lr": 2e-3}, "lr"),
+        (small, (images, labels), {"seed": 1}, "seed"),
+        (small, (images, labels), {"batch_size": 30}, "batch_size"),
+        (small, (images, labels), {"temperature": 3.0}, "temperature"),
+        (small, (images, labels), {"teacher": None}, "teacher"),
+        (small, (images, labels), {"teacher": small}, "teacher"),
+        (small, (images * 0, labels), {}, "data"),
+        (small, (images, labels * 0), {}, "data"),
+        (other, (images, labels), {}, "network"),
+        (model, (images, labels), {}, "network"),
+    ):
+        with pytest.raises(ValueError, match=rf"state\.pt is the state of another run: {what} differ"):
+            pxp.finetune(network_, data, **{**options, **changed})
+
+
+@pytest.mark.parametrize("content", ["truncated", "text", "empty", "foreign", "tensor"])
+def test_what_is_no_state_is_refused(content, tmp_path):
+    _, small, images, labels = task()
+    state = tmp_path / "state.pt"
+    pxp.finetune(small, (images, labels), state=state)
+    written = state.read_bytes()
+    if content in ("foreign", "tensor"):
+        torch.save({"a": 1} if content == "foreign" else torch.zeros(3), state)
+    else:
+        state.write_bytes({"truncated": written[: len(written) // 2], "text": b"hello", "empty": b""}[content])
+    with pytest.raises(ValueError, match=r"state\.pt is no state that this function has written, or it is damaged"):
+        pxp.finetune(small, (images, labels), state=state)
+
+
+def test_the_folder_of_a_state_is_looked_for_before_the_work(tmp_path, monkeypatch):
+    model, small, images, labels = task()
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
+    with pytest.raises(FileNotFoundError, match=r"no folder for the state .*nowhere.state\.pt"):
+        pxp.finetune(small, (images, labels), state=tmp_path / "nowhere" / "state.pt")
+    monkeypatch.setattr("pxp.recover.attribute", None)
+    units = pxp.find_components(model)
+    with pytest.raises(FileNotFoundError, match=r"no folder for the state .*nowhere.state\.pt"):
+        pxp.prune_gradually(model, (images, labels), units, pxp.LRP(), 0.5, state=tmp_path / "nowhere" / "state.pt")
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        pxp.finetune(small, (images, labels), state=tmp_path)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_finetuning_works_where_gradients_are_off(mode):
+    model, small, images, labels = task()
+    expected = pxp.finetune(small, (images, labels), batch_size=20, teacher=model)
+    with mode():
+        seen = images.clone(), labels.clone()
+        copied = copy.deepcopy(small)
+        trained = pxp.finetune(copied, seen, batch_size=20, teacher=model)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), trained.parameters(), strict=True))
+    assert not any(tensor.is_inference() for tensor in trained.state_dict().values())
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path):
+    _, small, images, labels = task()
+    options = {"batch_size": 20, "epochs": 2, "state": tmp_path / "state.pt"}
+    with pytest.raises(ValueError, match=r"weights are infinite or NaN after epoch 1 of 2; lower lr=1e\+30"):
+        pxp.finetune(small, (images, labels), lr=1e30, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_train():
+    _, _, images, labels = task()
+    with pytest.raises(ValueError, match="Identity has no parameters, so there is nothing to train"):
+        pxp.finetune(torch.nn.Identity(), (images, labels))
+
+
+def test_errors(monkeypatch):
+    model, x, labels, units = network("vgg")
+    with monkeypatch.context() as patched:
+        patched.setattr("pxp.recover.attribute", None)  # what is wrong is found before the work
+        for options, message in (
+            ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+            ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+            ({"rate": 1.2}, r"rate must be in \[0, 1\]"),
+            ({"by": "magnitud"}, "by must be one of 'magnitude', 'signed', got 'magnitud'"),
+            ({"min_keep": -1}, "min_keep must not be negative"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                pxp.prune_gradually(model, (x, labels), units, pxp.LRP(), **{"rate": 0.5, **options})
+    for name in ("epochs", "batch_size"):
+        for value in (0, 1.5):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value}"):
+                pxp.finetune(model, (x, labels), **{name: value})
+    for name in ("lr", "temperature"):
+        for value in (0, -1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{name} must be positive and finite, got {value}"):
+                pxp.finetune(model, (x, labels), **{name: value})
