@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -154,6 +154,8 @@ class _Timm(Attention):
         if q_bias is not None:  # EvaAttention keeps the bias outside of its projection
             bias = torch.cat((q_bias, original.k_bias, original.v_bias))
             self.qkv = _linear(original.qkv.weight, bias)
+        if not hasattr(self, "qkv"):  # EvaAttention's own is no module where the projections are separate
+            self.qkv = None
         self._groups = getattr(original, "num_kv_groups", 1)
         self._prefix = getattr(original, "num_prefix_tokens", 0)
         self._half = getattr(original, "rotate_half", False)
@@ -222,15 +224,41 @@ def is_head_layer(module: nn.Module) -> bool:
     return isinstance(module, Attention) or _is_supported(module)
 
 
-def unsupported_attention(model: nn.Module) -> dict[str, str]:
-    """Name → class of the attention modules that :mod:`pxp` knows no rules for."""
+def unsupported_attention(model: nn.Module, seen: Iterable[str] = ()) -> dict[str, str]:
+    """Name → class, and what it has, of the attention modules that :mod:`pxp` knows no rules for.
+
+    ``seen`` are those that a trace has seen to compute an attention, whatever they are called.
+    """
+    seen = set(seen)
     return {
-        name: type(module).__name__
+        name: _describe(module)
         for name, module in model.named_modules()
-        if ("Attention" in type(module).__name__ or "Attn" in type(module).__name__)
-        and isinstance(getattr(module, "num_heads", None), int)
-        and not is_head_layer(module)
+        if not is_head_layer(module)
+        and not _only_gates(module)
+        and (
+            name in seen
+            or (
+                ("Attention" in type(module).__name__ or "Attn" in type(module).__name__)
+                and isinstance(getattr(module, "num_heads", None), int)
+            )
+        )
     }
+
+
+def _describe(module: nn.Module) -> str:
+    name = type(module).__name__
+    if type(module) is nn.MultiheadAttention:
+        options = {"add_bias_kv": module.bias_k is not None, "add_zero_attn": module.add_zero_attn}
+        return f"{name} with {' and '.join(option for option, given in options.items() if given)}"
+    for base in type(module).__mro__[1:]:
+        if base is nn.MultiheadAttention or f"{base.__module__}.{base.__qualname__}" in _TIMM:
+            return f"{name}, a subclass of {base.__module__}.{base.__qualname__}"
+    return f"{type(module).__module__}.{name}" if any(other.endswith(f".{name}") for other in _TIMM) else name
+
+
+def _only_gates(module: nn.Module) -> bool:
+    """timm's GlobalContext where it is a factor only: such gates are constants, no relevance passes its softmax."""
+    return type(module).__name__ == "GlobalContext" and getattr(module, "mlp_add", None) is None
 
 
 def make_explicit(twin: nn.Module) -> nn.Module:
@@ -432,7 +460,7 @@ def make_softmax_rule(rule: str | AttentionRule, zero_params: str | None = None)
 
 
 def silence_heads(module: nn.Module, kept: Tensor) -> list:
-    """Let the pruned heads of an attention give exactly nothing to its output projection; returns hook handles.
+    """Let the pruned heads of an attention give exactly nothing to its output projection; returns what to remove.
 
     ``nn.MultiheadAttention`` does not call its projection, and its fast path reads only the weights. So it gets, for
     each pass, a projection whose columns of the pruned heads are zero.
@@ -458,12 +486,26 @@ def silence_heads(module: nn.Module, kept: Tensor) -> list:
         attention._modules["out_proj"] = narrowed  # type: ignore[assignment]
 
     def widen(attention: nn.Module, *_) -> None:
-        attention._modules["out_proj"] = replaced.pop()
+        attention._modules["out_proj"] = replaced[-1]
+        replaced.pop()
 
     return [
         module.register_forward_pre_hook(narrow),
         module.register_forward_hook(widen, prepend=True, always_call=True),
+        _Restored(module, replaced),
     ]
+
+
+class _Restored:
+    """Removing it gives back the projection that a pass still holds: torch calls no hook after an interrupt."""
+
+    def __init__(self, attention: nn.Module, replaced: list[nn.Module]) -> None:
+        self.attention, self.replaced = attention, replaced
+
+    def remove(self) -> None:
+        if self.replaced:
+            self.attention._modules["out_proj"] = self.replaced[0]
+            self.replaced.clear()
 
 
 def without_heads(weight: Tensor, kept: Tensor) -> Tensor:

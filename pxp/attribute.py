@@ -235,7 +235,7 @@ def _start(twin: nn.Module, images: Tensor, labels: Tensor, criterion: Criterion
     """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
     try:
         logits = twin(images)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -203,7 +203,10 @@ def find_components(
     ------
     ValueError
         Unknown kind; a model without components of this kind (the message names the kinds that it has), or with an
-        attention of an unsupported class; no input could be guessed and no ``example`` was given.
+        attention of an unsupported class; no input could be guessed and no ``example`` was given, or the model does
+        not accept the one given.
+    TypeError
+        ``model`` is no module, ``kind`` neither a string nor several.
 
     Examples
     --------
@@ -212,6 +215,8 @@ def find_components(
     >>> units.total
     416
     """
+    if not isinstance(kind, str | Iterable):
+        raise TypeError(f"kind must be a string or a sequence of them, got {kind!r}")
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds or len(set(kinds)) < len(kinds):
         raise ValueError(f"kind must be one or several different kinds, got {kind!r}")
@@ -221,7 +226,7 @@ def find_components(
     structure = trace_model(model, example)
     twin = replica(model)
     if "head" in kinds:
-        unsupported = unsupported_attention(twin)
+        unsupported = unsupported_attention(twin, structure.attentions)
         if unsupported:
             name, its_class = next(iter(unsupported.items()))
             raise ValueError(f"the heads of {name!r} ({its_class}) cannot be told apart; supported are {SUPPORTED}")
@@ -262,7 +267,7 @@ def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[T
     if example is not None:
         try:
             return use(example[:1].to(reference))
-        except (RuntimeError, ValueError) as problem:
+        except (RuntimeError, ValueError, AssertionError) as problem:
             shape = tuple(example.shape)
             raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
     candidates = _input_shapes(model)

@@ -11,7 +11,7 @@ from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
 from .attention import SUPPORTED, AttentionRule, make_softmax_rule, unsupported_attention
-from .replica import CONVOLUTIONS, Trace, is_activation, replica
+from .replica import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, Trace, is_activation, replica
 from .rules import Constant, Half, Identity, Normalisation, Rule, is_normalisation, make_rule
 
 GROUPS = ("low", "middle", "high", "fc")
@@ -54,7 +54,7 @@ def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
 
 
 def _by_block(structure: Trace) -> dict[str, str]:
-    blocks = list(dict.fromkeys(attention.rpartition(".")[0] for attention in structure.heads))
+    blocks = list(dict.fromkeys(_block(attention, structure) for attention in structure.heads))
     edge = math.ceil(len(blocks) / 4)
     groups: dict[str, str] = {}
     outside = "low"
@@ -66,6 +66,15 @@ def _by_block(structure: Trace) -> dict[str, str]:
         else:
             groups[name] = outside
     return groups
+
+
+def _block(attention: str, structure: Trace) -> str:
+    """The innermost module around an attention that has layers of no attention too: those of the block's MLP."""
+    others = [n for n in structure.order if not any(n.startswith(f"{one}.") for one in structure.heads)]
+    parts = attention.split(".")
+    around = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+    found = (block for block in around if any(n.startswith(f"{block}.") for n in others))
+    return next(found, around[0] if around else attention)
 
 
 class LayerComposite(Composite):
@@ -129,6 +138,8 @@ class LRP:
     -----
     In transformers, GELU and SiLU pass relevance on unchanged, LayerNorm divides by a constant, and residual sums share
     it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there.
+    These rules are for modules: :meth:`composite` refuses a network that calls ``F.gelu`` or computes an attention by
+    itself, but cannot know one that writes an activation out, as in ``x * torch.sigmoid(x)``.
 
     Raises
     ------
@@ -222,18 +233,27 @@ class LRP:
         Raises
         ------
         ValueError
-            An attention of a class that there is no rule for.
+            An attention of a class that there is no rule for; an activation or a normalisation that is called as a
+            function (a ReLU may be: its derivative is its rule).
         """
         if structure is None:
             from .components import trace_model
 
             structure = trace_model(model)
         twin = replica(model)
-        unsupported = unsupported_attention(twin)
+        unsupported = unsupported_attention(twin, structure.attentions)
         if unsupported:
             name, its_class = next(iter(unsupported.items()))
             raise ValueError(f"there is no LRP rule for {name!r} ({its_class}); supported are {SUPPORTED}")
         modules = dict(twin.named_modules())
+        for name, called in structure.functions.items():
+            for function in called:
+                instead = (ACTIVATIONS | NORMALISATIONS).get(function)
+                if instead is not None:
+                    raise ValueError(
+                        f"{name!r} ({type(modules[name]).__name__}) calls {function} as a function, which no LRP rule "
+                        f"reaches; let it call a module: torch.nn.{instead.__name__}"
+                    )
         groups = depth_groups(twin, structure)
         by_group = self._rules()
         hooks: dict[str, Hook] = {}

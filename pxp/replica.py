@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from .attention import Attention, copy_hooks, make_explicit
+from .rules import is_normalisation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
+# rules are placed on modules: what a forward pass calls as a function has the ordinary derivative instead of its rule
+ACTIVATIONS = {
+    "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "hardswish": nn.Hardswish, "elu": nn.ELU, "celu": nn.CELU,
+    "selu": nn.SELU,
+}  # fmt: skip
+NORMALISATIONS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+ATTENTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "tensordot"}
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -30,6 +40,8 @@ def is_activation(module: nn.Module) -> bool:
     source = type(module).__module__
     if isinstance(module, nn.MultiheadAttention | nn.Softmax | nn.LogSoftmax):
         return False
+    if source == "timm.models.nfnet":
+        return type(module).__name__ == "GammaAct"  # an activation times a constant
     return source == "torch.nn.modules.activation" or source.startswith("timm.layers.activations")
 
 
@@ -51,6 +63,9 @@ class Trace:
         Layer → number of places (pixels, tokens) at which it computes each of its outputs for one image.
     overwritten : tuple of str
         Layers whose output is then changed in place (by a residual sum).
+    functions : dict
+        Module → what its forward pass computes by itself though it would need a rule: ``"attention"``, and the names
+        in ``torch.nn.functional`` of activations and normalisations.
     """
 
     order: tuple[str, ...]
@@ -59,6 +74,12 @@ class Trace:
     heads: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     overwritten: tuple[str, ...] = ()
+    functions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Modules that compute an attention which is not one of ``heads``."""
+        return tuple(name for name, called in self.functions.items() if "attention" in called)
 
     def site(self, layer: str) -> tuple[str, ...]:
         """Modules whose output is the layer's output: its BatchNorm where it has one, else the layer itself.
@@ -96,6 +117,10 @@ def replica(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
+        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            for function, its_module in ((F.relu, nn.ReLU), (F.gelu, nn.GELU)):  # what activation="gelu" stands for
+                if module.activation is function:
+                    module.activation = its_module().eval()
     return make_explicit(twin)
 
 
@@ -128,12 +153,29 @@ class _Call:
 
 
 class _Uses(TorchFunctionMode):
-    """Counts how many operations take each tensor."""
+    """Counts how many operations take each tensor, and notes what is computed outside of the modules that have rules.
 
-    def __init__(self) -> None:
+    An activation module is one operation, whatever it computes. An attention is known by a softmax that is multiplied
+    by another signal as a matrix. One that only weighs elements (the gates of a CNN) or ends the network is none.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], images: Tensor) -> None:
         super().__init__()
+        self.modules = modules
+        self.inside = [""]  # the modules that are running, the innermost last; a hook may run behind the model itself
         self.counts: Counter[_Key] = Counter()
+        self.functions: dict[str, dict[str, None]] = {}
         self.alive: list[object] = []  # an id is unique only as long as its tensor lives
+        self.signals = {id(images)}  # what depends on the images, also when it is changed in place
+        self.weights: set[int] = set()  # those that depend on them only through a softmax
+
+    def enter(self, name: str, inputs: tuple) -> None:
+        self.inside.append(name)
+        if is_activation(self.modules[name]):
+            self.counts.update(_key(a) for a in inputs if isinstance(a, Tensor))
+
+    def leave(self) -> None:
+        self.inside.pop()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         inputs = [*args, *(kwargs or {}).values()]
@@ -141,11 +183,34 @@ class _Uses(TorchFunctionMode):
         given = {_key(a): a for a in inputs if isinstance(a, Tensor)}
         result = func(*args, **(kwargs or {}))
         self.alive.append((given, result))
+        module = self.modules[self.inside[-1]]
         # neither questions about a tensor (its shape) nor dropout in evaluation mode, which returns it as it is
         passed_on = isinstance(result, Tensor) and _key(result) in given
-        if isinstance(result, Tensor | tuple | list) and not passed_on:
+        if isinstance(result, Tensor | tuple | list) and not passed_on and not is_activation(module):
             self.counts.update(given.keys())
+        signals = {id(a) for a in given.values()} & self.signals
+        if signals:
+            made = args[:1] if result is None else result  # x[0] = y has none
+            self._follow(getattr(func, "__name__", ""), module, signals, made)
         return result
+
+    def _follow(self, function: str, module: nn.Module, signals: set[int], result: object) -> None:
+        made = {id(a) for a in (result if isinstance(result, tuple | list) else [result]) if isinstance(a, Tensor)}
+        weights, others = signals & self.weights, signals - self.weights
+        self.signals |= made
+        if function == "softmax" or not others:
+            self.weights |= made
+        else:
+            self.weights -= made
+        called = None
+        if function in ATTENTIONS or (function in PRODUCTS and weights and others):
+            called = None if isinstance(module, Attention) else "attention"
+        elif function in ACTIVATIONS:
+            called = None if is_activation(module) else function
+        elif function in NORMALISATIONS:
+            called = None if is_normalisation(module) else function
+        if called is not None:
+            self.functions.setdefault(self.inside[-1], {})[called] = None
 
 
 def trace(model: nn.Module, images: Tensor) -> Trace:
@@ -177,17 +242,20 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
         return hook
 
+    with torch.inference_mode(False):
+        images = images.clone() if images.is_inference() else images
+    uses = _Uses(modules, images)
     for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _, inputs, name=name: uses.enter(name, inputs))
         if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)) or is_activation(module):
             module.register_forward_hook(note(name, module))
         elif isinstance(module, Attention):
             module.heads.register_forward_hook(
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
-    with torch.inference_mode(False), torch.no_grad():
-        images = images.clone() if images.is_inference() else images
-        with _Uses() as uses:
-            twin(images)
+        module.register_forward_hook(lambda *_: uses.leave())
+    with torch.inference_mode(False), torch.no_grad(), uses:
+        twin(images)
 
     norms: dict[str, list[str]] = {}
     positions: dict[str, int] = {}
@@ -213,6 +281,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         heads,
         positions,
         tuple(overwritten),
+        {name: tuple(called) for name, called in uses.functions.items()},
     )
 
 

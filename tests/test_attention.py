@@ -6,6 +6,7 @@ Nothing in the oracle uses autograd, and it distributes relevance itself, not gr
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 
 import pytest
@@ -13,8 +14,11 @@ import timm
 import torch
 import torchvision
 from conftest import randomise, relative, same, snapshot
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer
 
 import pxp
@@ -57,6 +61,39 @@ def images_of(model: nn.Module, samples: int = 2) -> tuple[Tensor, Tensor]:
     channels = 3 if config or not hasattr(model, "conv_proj") else model.conv_proj.in_channels
     torch.manual_seed(1)
     return torch.randn(samples, channels, side, side, dtype=torch.float64), torch.arange(samples) % 4
+
+
+def small_timm(name: str, **options):
+    def make() -> nn.Module:
+        return timm.create_model(name, num_classes=4, depth=2, img_size=32, **{"patch_size": 16, **options})
+
+    return make
+
+
+MODELS = {
+    "torchvision": lambda: VisionTransformer(32, 16, 2, 3, 24, 20, num_classes=4),
+    "vit_tiny": small_timm("vit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
+    "deit": small_timm("deit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
+    "deit3 with layer scale": small_timm("deit3_small_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
+    "q/k norm and registers": small_timm(
+        "vit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1, qk_norm=True, reg_tokens=3, init_values=0.1
+    ),
+    "average pooling": small_timm(
+        "vit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1, class_token=False, global_pool="avg"
+    ),
+    "dinov2 with registers": small_timm(
+        "vit_small_patch14_reg4_dinov2", embed_dim=24, num_heads=3, mlp_ratio=1, patch_size=16
+    ),
+    "eva02": small_timm("eva02_tiny_patch14_224", embed_dim=24, num_heads=3),
+    "eva02 unfused": small_timm("eva02_base_patch14_224", embed_dim=24, num_heads=3),
+    "quick GELU and a norm first": small_timm(
+        "vit_base_patch16_clip_quickgelu_224", embed_dim=24, num_heads=3, mlp_ratio=1
+    ),
+    "rope": small_timm("vit_base_patch16_rope_reg1_gap_256", embed_dim=24, num_heads=3),
+    "dinov3": small_timm("vit_small_patch16_dinov3", embed_dim=24, num_heads=3),
+}
+GATED = {"eva02"}  # packed gated MLPs have no hidden unit that is one module's output
+LISTED = ("vit_b_16", "vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2")
 
 
 # --- the oracle ---------------------------------------------------------------------------------------------------
@@ -228,6 +265,22 @@ def test_relevance_is_that_of_the_explicit_rules(rule, attention, untouched):
         assert relative(per_sample[name], expected.sum(1).abs().mean(0)) < 1e-10
 
 
+@pytest.mark.parametrize(("rule", "attention"), [("epsilon", "attnlrp"), ("gamma", "cp"), ("alpha2beta1", "zplus")])
+def test_relevance_of_the_shipped_vit_is_that_of_the_explicit_rules(rule, attention, untouched):
+    model = untouched(pxp.load_model("vit").double())
+    images, targets = pxp.load_dataset("fashion-mnist").eval[0][:2].double(), torch.tensor([9, 3])
+    found = [Oracle(model, i).explain(int(t), rule, attention) for i, t in zip(images, targets, strict=True)]
+    criterion = pxp.LRP(rule, softmax=attention)
+    pixels = pxp.heatmap(model, images, targets, criterion)
+    assert relative(pixels, torch.stack([one["pixels"] for one in found])) < 1e-8
+    units = pxp.find_components(model, ("head", "neuron", "mlp_output"))
+    assert len(units) == 18
+    scores = pxp.attribute(model, (images, targets), units, criterion)
+    for name in units:
+        expected = torch.stack([one[name] for one in found])
+        assert relative(scores[name], expected.abs().sum(1).mean(0)) < 1e-8
+
+
 def test_a_heads_score_is_twice_its_softmax_relevance_over_keys():
     model = two_blocks()
     images, targets = images_of(model)
@@ -257,7 +310,9 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor * factor + tensor.detach() * (1 - factor)
 
 
-def plain_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def plain_norm(norm: nn.LayerNorm | nn.Identity, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.Identity):
+        return x
     std = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt().detach()
     return (x - x.mean(-1, keepdim=True)) / std * norm.weight + norm.bias
 
@@ -288,15 +343,60 @@ def by_lxt_torchvision(model: VisionTransformer, x: Tensor, cp: bool) -> Tensor:
     return model.heads(plain_norm(model.encoder.ln, x)[:, 0])
 
 
+def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Each pair of channels turned by its place's angle; without the ``prefix`` tokens, which have no place."""
+    sin, cos = rope.chunk(2, -1)
+    still, x = x[:, :, :prefix], x[:, :, prefix:]
+    if half:
+        first, second = x.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    else:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return torch.cat([still, x * cos + turned * sin], 2)
+
+
+def attention_of_timm(attention: nn.Module, x: Tensor, rope: Tensor | None, cp: bool) -> Tensor:
+    if attention.qkv is None:
+        parts = [getattr(attention, f"{part}_proj")(x) for part in "qkv"]
+    else:
+        biases = [getattr(attention, f"{part}_bias", None) for part in "qkv"]
+        parts = attention.qkv(x).chunk(3, -1)
+        parts = [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
+    q, k = plain_norm(attention.q_norm, q), plain_norm(attention.k_norm, k)
+    if rope is not None:
+        q, k = (rotated(part, rope, attention.num_prefix_tokens, attention.rotate_half) for part in (q, k))
+    mixed = plain_norm(attention.norm, attention_by_hand(q, k, v, cp).transpose(1, 2).flatten(2))
+    if getattr(attention, "gate", None) is not None:
+        mixed = mixed * attention.gate(x).sigmoid().detach()
+    return attention.proj(mixed)
+
+
+def mlp_of_timm(mlp: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(mlp, timm.layers.SwiGLU):
+        x = scaled(straight(mlp.act, mlp.fc1_g(x)) * mlp.fc1_x(x), 0.5)
+    elif isinstance(mlp, timm.layers.GluMlp):
+        gate, value = mlp.fc1(x).chunk(2, -1)
+        x = scaled(straight(mlp.act, gate) * value, 0.5)
+    else:
+        x = straight(mlp.act, mlp.fc1(x))
+    return mlp.fc2(plain_norm(mlp.norm, x))
+
+
 def by_lxt_timm(model: nn.Module, x: Tensor, cp: bool) -> Tensor:
-    x = model._pos_embed(model.patch_embed(x))
+    """timm's VisionTransformer, and its Eva, which has rotary embeddings."""
+    tokens = model._pos_embed(model.patch_embed(x))
+    x, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
+    x = plain_norm(model.norm_pre, x)
     for block in model.blocks:
-        y, attention = plain_norm(block.norm1, x), block.attn
-        q, k, v = attention.qkv(y).view(*y.shape[:2], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = attention_by_hand(q, k, v, cp).transpose(1, 2).flatten(2)
-        x = x + block.ls1(attention.proj(mixed))
-        x = x + block.ls2(block.mlp.fc2(straight(F.gelu, block.mlp.fc1(plain_norm(block.norm2, x)))))
-    return model.head(plain_norm(model.norm, x)[:, 0])
+        scales = (getattr(block, "gamma_1", None), getattr(block, "gamma_2", None))
+        first, second = (1.0 if scale is None else scale for scale in scales)
+        ls1, ls2 = (getattr(block, name, nn.Identity()) for name in ("ls1", "ls2"))
+        x = x + ls1(first * attention_of_timm(block.attn, plain_norm(block.norm1, x), rope, cp))
+        x = x + ls2(second * mlp_of_timm(block.mlp, plain_norm(block.norm2, x)))
+    x = plain_norm(model.norm, x)
+    x = x[:, model.num_prefix_tokens :].mean(1) if model.global_pool == "avg" else x[:, 0]
+    return model.head(plain_norm(model.fc_norm, x))
 
 
 @pytest.mark.parametrize("softmax_rule", ["attnlrp", "cp"])
@@ -320,6 +420,42 @@ def test_heatmaps_equal_lxts_efficient_formulation(make, run, softmax_rule):
     (gradient,) = torch.autograd.grad(logits[0, targets[0]], images)
     found = pxp.heatmap(model, images.detach(), targets, pxp.LRP(pxp.Epsilon(1e-14), softmax=softmax_rule))
     assert relative(found, images.detach() * gradient) < 1e-7
+
+
+@pytest.mark.parametrize("softmax_rule", ["attnlrp", "cp"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "torchvision"])
+def test_heatmaps_of_every_kind_of_timm_model_equal_lxts_formulation(name, softmax_rule):
+    model = lively(MODELS[name]())
+    images, targets = images_of(model)
+    images.requires_grad_()
+    logits = by_lxt_timm(model, images, softmax_rule == "cp")
+    assert relative(logits.detach(), model(images).detach()) < 1e-12
+    (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), images)
+    found = pxp.heatmap(model, images.detach(), targets, pxp.LRP(pxp.Epsilon(1e-14), softmax=softmax_rule))
+    assert relative(found, images.detach() * gradient) < 1e-9
+
+
+@pytest.mark.parametrize("softmax_rule", ["attnlrp", "cp"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gate_behind_the_heads_is_constant(softmax_rule, fused):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.out = nn.Linear(6, 12), nn.Linear(12, 4)
+            self.attn = timm.models.eva.EvaAttention(
+                12, 3, qkv_fused=fused, num_prefix_tokens=0, norm_layer=nn.LayerNorm, qk_norm=True, gated=True
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.attn(self.inp(x)).mean(1))
+
+    model = lively(Gated())
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    logits = model.out(attention_of_timm(model.attn, model.inp(x), None, softmax_rule == "cp").mean(1))
+    assert relative(logits.detach(), model(x).detach()) < 1e-12
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), x)
+    found = pxp.heatmap(model, x.detach(), 1, pxp.LRP(pxp.Epsilon(1e-14), softmax=softmax_rule))
+    assert relative(found, x.detach() * gradient) < 1e-9
 
 
 # --- the softmax rules alone ------------------------------------------------------------------------------------------
@@ -494,35 +630,6 @@ def test_every_multihead_attention_has_an_equal(name, untouched):
             assert relative(found, expected) < 1e-13 and relative(own, weights) < 1e-13
 
 
-def small_timm(name: str, **options):
-    def make() -> nn.Module:
-        return timm.create_model(name, num_classes=4, depth=2, img_size=32, **{"patch_size": 16, **options})
-
-    return make
-
-
-MODELS = {
-    "torchvision": lambda: VisionTransformer(32, 16, 2, 3, 24, 20, num_classes=4),
-    "vit_tiny": small_timm("vit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
-    "deit": small_timm("deit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
-    "deit3 with layer scale": small_timm("deit3_small_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
-    "q/k norm and registers": small_timm(
-        "vit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1, qk_norm=True, reg_tokens=3, init_values=0.1
-    ),
-    "average pooling": small_timm(
-        "vit_tiny_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1, class_token=False, global_pool="avg"
-    ),
-    "dinov2 with registers": small_timm(
-        "vit_small_patch14_reg4_dinov2", embed_dim=24, num_heads=3, mlp_ratio=1, patch_size=16
-    ),
-    "eva02": small_timm("eva02_tiny_patch14_224", embed_dim=24, num_heads=3),
-    "rope": small_timm("vit_base_patch16_rope_reg1_gap_256", embed_dim=24, num_heads=3),
-    "dinov3": small_timm("vit_small_patch16_dinov3", embed_dim=24, num_heads=3),
-}
-GATED = {"eva02"}  # packed gated MLPs have no hidden unit that is one module's output
-LISTED = ("vit_b_16", "vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2")
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_have_equal_outputs_and_batches_equal_singles(name, untouched):
     torch.manual_seed(0)
@@ -561,10 +668,11 @@ def test_listed_models_at_full_size(name, untouched):
         with silenced(model, mask) as twin:
             assert relative(twin(images), pruned) < 1e-3
         assert torch.equal(model(images), before)
-    with torch.inference_mode():
+    for mode in MODES:
         for layer, each in units.items():
-            for index in range(each.size):
-                with pxp.masked(model, only(units, layer, index)):
+            # what differs between the modes is the way through a layer, not through its heads
+            for index in range(each.size if mode == "inference" or name.startswith("vit_tiny") else 1):
+                with MODES[mode](), pxp.masked(model, only(units, layer, index)):
                     assert not torch.equal(model(images), before), (layer, index)
 
 
@@ -589,8 +697,6 @@ def test_every_single_mask_changes_the_logits(name, mode):
     else:
         images, _ = images_of(model, 1)
     units = pxp.find_components(model, "head" if name in GATED else ("head", "neuron"))
-    if name == "shipped" and mode != "inference":
-        units = units.of_kind("head")
     with MODES[mode]():
         before = model(images)
         for layer, each in units.items():
@@ -645,28 +751,53 @@ def test_head_masks_nest_and_survive_errors(untouched):
         assert torch.equal(model(images), before)
 
 
-def test_a_mask_reaches_torchs_fast_encoder(untouched):
+def test_an_interrupt_leaves_no_head_pruned(untouched):
+    """torch calls a forward hook after an Exception only."""
+
+    class Interrupt(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func.__name__ == "multi_head_attention_forward":
+                raise KeyboardInterrupt
+            return func(*args, **(kwargs or {}))
+
+    model = untouched(two_blocks())
+    images, _ = images_of(model)
+    units = pxp.find_components(model, "head")
+    name = next(iter(units))
+    before = model(images)
+    with pytest.raises(KeyboardInterrupt), pxp.masked(model, only(units, name, 1)):
+        with pytest.raises(KeyboardInterrupt), pxp.masked(model, only(units, name, 2)), Interrupt():
+            model(images)
+        raise KeyboardInterrupt
+    assert torch.equal(model(images), before)
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, which takes a fast path where it can."""
+
+    def __init__(self, activation="relu", **options) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, activation=activation, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encoder(x).mean(1))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_mask_reaches_torchs_fast_encoder(activation, untouched):
     torch.manual_seed(0)
-
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-            self.out = nn.Linear(12, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.encoder(x).mean(1))
-
-    model = untouched(lively(Encoder()))
+    model = untouched(lively(Encoder(activation)))
     x = torch.randn(2, 5, 12, dtype=torch.float64)
-    units = pxp.find_components(model, "head", example=x)
-    assert units.total == 6
+    units = pxp.find_components(model, ("head", "neuron"), example=x)
+    assert units.of_kind("head").total == 6 and units.of_kind("neuron").total == 32
+    units = units.of_kind("head") if activation == "relu" else units  # some of ReLU's neurons are dead
     for mode in MODES.values():
         with mode():
             before = model(x)
-            for layer in units:
-                for index in range(3):
+            for layer, each in units.items():
+                for index in range(each.size):
                     with pxp.masked(model, only(units, layer, index)):
                         found = model(x)
                     with silenced(model, only(units, layer, index)) as twin, torch.no_grad():
@@ -791,6 +922,256 @@ def test_unsupported_attention_is_named(name, untouched):
     with pytest.raises(ValueError, match="there is no LRP rule for 'features.1.0.attn'"):
         pxp.attribute(model, (images, targets), units, pxp.LRP())
     assert pxp.attribute(model, (images, targets), units, pxp.Taylor()).samples == 1
+
+
+class Sharing(nn.Module):
+    """An attention with another name, whose weights pass a dropout, a mixture of the heads and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.mix, self.drop = nn.Linear(6, 18), nn.Linear(2, 2), nn.Dropout(0.5)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        weights = self.mix((q @ k.mT).softmax(-1).movedim(1, -1)).movedim(-1, 1)
+        weights = (1 - self.gate.sigmoid()) * weights + self.gate.sigmoid() * weights.mean(1, keepdim=True)
+        return (self.drop(weights) @ v).transpose(1, 2).flatten(2)
+
+
+class Fused(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class Own(nn.MultiheadAttention):
+    pass
+
+
+class Around(nn.Module):
+    """Something between two linear layers."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inp, self.inner, self.out = nn.Linear(6, 6), inner, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(self.inp(x)).mean(1))
+
+
+UNSUPPORTED = {
+    "ConViT": (
+        lambda: timm.create_model("convit_tiny", num_classes=4, depth=2, local_up_to_layer=1, img_size=32),
+        r"'blocks.0.attn' \(GPSA\)",
+    ),
+    "Hiera": (
+        lambda: timm.create_model("hiera_tiny_224", num_classes=4, embed_dim=8, stages=(1, 1, 1, 1)),
+        r"'blocks.0.attn' \(MaskUnitAttention\)",
+    ),
+    "parallel scaling": (
+        small_timm("vit_base_patch16_xp_224", embed_dim=24, num_heads=3), r"'blocks.0' \(ParallelScalingBlock\)"
+    ),
+    "of one's own": (lambda: Around(Sharing()), r"'inner' \(Sharing\)"),
+    "fused": (lambda: Around(Fused()), r"'inner' \(Fused\)"),
+    "another library's of the same name": (
+        lambda: timm.create_model("beit_base_patch16_224", num_classes=4, depth=1, img_size=32, embed_dim=24, num_heads=3),
+        r"'blocks.0.attn' \(timm.models.beit.Attention\)",
+    ),
+    "bias_kv": (lambda: Wrapped(mha(add_bias_kv=True)), r"'attention' \(MultiheadAttention with add_bias_kv\)"),
+    "zero_attn": (lambda: Wrapped(mha(add_zero_attn=True)), r"'attention' \(MultiheadAttention with add_zero_attn\)"),
+    "subclass": (
+        lambda: Wrapped(Own(6, 3, batch_first=True)), r"'attention' \(Own, a subclass of torch.*MultiheadAttention\)"
+    ),
+    "global context": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), timm.layers.GlobalContext(8, fuse_add=True, fuse_scale=False),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        ),
+        r"'1' \(GlobalContext\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_attention_by_any_other_name_is_seen(case, untouched):
+    make, message = UNSUPPORTED[case]
+    model = untouched(make().eval())
+    side = getattr(getattr(model, "patch_embed", None), "img_size", (224, 224) if case == "Hiera" else (32, 32))
+    tokens = isinstance(model, Around | Wrapped)
+    x = torch.randn(1, 5, 6) if tokens else torch.randn(1, 3, *side)
+    with pytest.raises(ValueError, match=f"the heads of {message} cannot be told apart; supported are torch.nn.Mul"):
+        pxp.find_components(model, "head", example=x)
+    with pytest.raises(ValueError, match=f"there is no LRP rule for {message}; supported are torch.nn.Mul"):
+        pxp.heatmap(model, x, 1)
+
+
+class Selects(nn.Module):
+    """A softmax that reads a table, one over branches, one of parameters: none is an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.one, self.other, self.choose = (nn.Linear(6, 6) for _ in range(4))
+        self.mixture, self.out = nn.Parameter(torch.randn(5, 5)), nn.Linear(6, 4)
+        self.table = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mixture.softmax(-1) @ self.inp(x)
+        weights = self.choose(x.mean(1, keepdim=True)).unflatten(-1, (2, 3)).softmax(2).repeat(1, 1, 1, 2)
+        branches = torch.stack([self.one(x), self.other(x)], 2)
+        return self.out((branches * weights).sum(2).mean(1)).softmax(-1) @ self.table
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: timm.create_model("skresnet18", num_classes=4), (3, 32, 32)),
+        (lambda: timm.create_model("resnest14d", num_classes=4), (3, 32, 32)),
+        (Selects, (5, 6)),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 8, 3), timm.layers.GlobalContext(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+            ),
+            (3, 9, 9),
+        ),
+    ],
+    ids=["selective kernels", "split attention", "selects", "a gate"],
+)
+def test_a_softmax_that_multiplies_no_matrix_or_is_a_gates_is_no_attention(make, shape):
+    model = make().eval()
+    assert bool((pxp.heatmap(model, torch.randn(1, *shape), 1) != 0).any())
+
+
+class Functional(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Layered(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "instead"),
+    [
+        (F.gelu, "gelu", "GELU"),
+        (F.silu, "silu", "SiLU"),
+        (F.hardswish, "hardswish", "Hardswish"),
+        (F.elu, "elu", "ELU"),
+        (lambda x: F.layer_norm(x, (6,)), "layer_norm", "LayerNorm"),
+        (lambda x: F.rms_norm(x, (6,)), "rms_norm", "RMSNorm"),
+    ],
+)
+def test_functions_that_no_rule_reaches_are_errors(function, name, instead, untouched, tmp_path):
+    model = untouched(lively(Around(Functional(function))))
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    message = rf"'inner' \(Functional\) calls {name} as a function, .* call a module: torch\.nn\.{instead}$"
+    with pytest.raises(ValueError, match=message):
+        pxp.heatmap(model, x, 1)
+    # files know it too
+    behind = nn.Sequential(nn.Conv1d(5, 5, 1).double(), model)
+    pxp.attribute(behind, None, pxp.find_components(behind, example=x), pxp.Random()).save(tmp_path / "scores")
+    assert pxp.Scores.load(tmp_path / "scores").units.trace.functions == {"1.inner": (name,)}
+
+
+def test_files_from_before_functions_were_noted_can_be_read(tmp_path):
+    model = two_blocks()
+    pxp.attribute(model, None, pxp.find_components(model, "head"), pxp.Random()).save(tmp_path / "scores")
+    with safe_open(tmp_path / "scores", framework="pt") as file:
+        header = json.loads(file.metadata()["pxp"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    del header["trace"]["functions"]
+    save_file(tensors, tmp_path / "scores", metadata={"pxp": json.dumps(header)})
+    assert pxp.Scores.load(tmp_path / "scores").units.trace == pxp.find_components(model, "head").trace
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Functional(F.relu), lambda: Functional(torch.tanh), lambda: Layered(6), lambda: nn.GELU(),
+        lambda: timm.layers.GELU(), lambda: timm.layers.LayerNorm(6), lambda: timm.layers.RmsNorm(6),
+        lambda: timm.layers.GluMlp(6, 8), lambda: timm.layers.SwiGLU(6, 8), lambda: nn.SiLU(), lambda: nn.RMSNorm(6),
+    ],
+)  # fmt: skip
+def test_modules_with_a_rule_and_functional_relu_are_accepted(make):
+    model = lively(Around(make()))
+    assert bool(pxp.heatmap(model, torch.randn(2, 5, 6, dtype=torch.float64), 1).isfinite().all())
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_encoder_with_gelu_by_name_is_that_with_the_module(norm_first, untouched):
+    torch.manual_seed(0)
+    named, with_module = Encoder("gelu", norm_first=norm_first), Encoder(nn.GELU(), norm_first=norm_first)
+    named = untouched(lively(named))
+    with_module.double().eval().load_state_dict(named.state_dict())
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    found = pxp.heatmap(named, x, 1)
+    assert torch.equal(found, pxp.heatmap(with_module, x, 1))
+    for layer in with_module.encoder.layers:
+        layer.activation = Functional(F.gelu)
+    with pytest.raises(ValueError, match=r"'encoder\.layers\.0\.activation' \(Functional\) calls gelu as a function"):
+        pxp.heatmap(with_module, x, 1)
+
+
+def test_an_activation_is_one_use_of_its_input_whatever_it_computes():
+    """Quick GELU is x · sigmoid(1.702 x)."""
+    units = pxp.find_components(MODELS["quick GELU and a norm first"](), "neuron")
+    assert {name: layer.activation for name, layer in units.items()} == {
+        f"blocks.{i}.mlp.fc1": f"blocks.{i}.mlp.act" for i in range(2)
+    }
+
+    class Reads(nn.Module):
+        """Something else reads the hidden units, so they are not the activation's alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(6, 6), timm.layers.QuickGELU(), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc1(x)
+            return self.fc2(self.act(x) + x)
+
+    with pytest.raises(ValueError, match="no components of kind 'neuron'"):
+        pxp.find_components(Reads(), "neuron")
+
+
+def test_depth_groups_of_parallel_and_of_unusual_blocks():
+    model = small_timm("vit_small_patch16_18x2_224", embed_dim=24, num_heads=3, mlp_ratio=1)()
+    groups = pxp.depth_groups(model, pxp.find_components(model, "head").trace)
+    for layer, group in groups.items():
+        expected = {"blocks.0": "low", "blocks.1": "high", "patch_embed": "low", "head": "fc"}
+        assert group == next(found for start, found in expected.items() if layer.startswith(start)), layer
+
+    class Pairs(nn.Module):
+        """Blocks that are lists of an attention and its MLP."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.layers, self.out = nn.Linear(6, 6), nn.ModuleList(), nn.Linear(6, 4)
+            for _ in range(3):
+                mlp = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+                self.layers.append(nn.ModuleList([mha(), mlp]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inp(x)
+            for attention, mlp in self.layers:
+                x = x + attention(x, x, x)[0]
+                x = x + mlp(x)
+            return self.out(x.mean(1))
+
+    x = torch.randn(1, 5, 6)
+    model = Pairs()
+    groups = pxp.depth_groups(model, pxp.find_components(model, "head", example=x).trace)
+    assert [groups[f"layers.{i}.1.0"] for i in range(3)] == ["low", "middle", "high"]
+    assert groups["inp"] == "low" and groups["layers.1.0.q_proj"] == "middle" and groups["out"] == "fc"
+    # an attention without a block around it
+    model = Wrapped(mha())
+    groups = pxp.depth_groups(model, pxp.find_components(model, "head", example=x).trace)
+    assert groups["inp"] == "low" and groups["attention.q_proj"] == "low" and groups["out"] == "fc"
 
 
 def test_models_without_heads_and_without_a_kind():

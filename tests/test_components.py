@@ -342,6 +342,18 @@ def test_guessed_inputs():
 # --- depth groups ------------------------------------------------------------------------------------------------
 
 
+def test_an_activation_times_a_constant_is_an_activation():
+    activation = timm.models.nfnet.GammaAct("gelu", gamma=1.7, inplace=True)
+    model = randomise(nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 3)))
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert pxp.find_components(model, "neuron")["0"].activation == "1"
+    hidden = model[0](x)
+    straight = hidden * (1.7 * nn.functional.gelu(hidden) / hidden).detach()
+    (gradient,) = torch.autograd.grad(model[2](straight)[:, 1].sum(), x)
+    found = pxp.heatmap(model, x.detach(), 1, pxp.LRP(pxp.Epsilon(1e-14)))
+    assert relative(found, x.detach() * gradient) < 1e-9
+
+
 def _groups(name: str) -> dict[str, str]:
     model = build(name)
     return pxp.depth_groups(model, trace_model(model, torch.zeros(1, 3, 32, 32)))

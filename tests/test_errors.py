@@ -248,8 +248,29 @@ def test_rules_are_for_layers_with_weights():
         pxp.ZPlus().register(nn.ReLU())
 
 
+def test_images_of_another_size_than_a_transformers():
+    """torchvision asserts its size; every function says it as a ValueError."""
+    model = pxp.load_model("vit")
+    units, before = pxp.find_components(model, "head"), snapshot(model)
+    images, labels = torch.randn(2, 1, 32, 32), torch.tensor([0, 1])
+    message = r"the model does not accept images of shape \(2, 1, 32, 32\).*Wrong image height"
+    for criterion in (pxp.LRP(), pxp.Taylor(), pxp.IntegratedGradients(2)):
+        with pytest.raises(ValueError, match=message):
+            pxp.attribute(model, (images, labels), units, criterion)
+    with pytest.raises(ValueError, match=message):
+        pxp.heatmap(model, images, labels)
+    with pytest.raises(ValueError, match=message):
+        pxp.find_components(model, "head", example=images)
+    assert same(before, snapshot(model))
+
+
 def test_kinds():
     linear = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    for wrong in (3, None, nn.Linear):
+        with pytest.raises(TypeError, match="kind must be a string or a sequence of them, got"):
+            pxp.find_components(linear, wrong)
+    with pytest.raises(ValueError, match="unknown kind 3; allowed"):
+        pxp.find_components(linear, [3])
     with pytest.raises(ValueError, match=r"no components of kind 'filter' .*; it has 1 neuron layers"):
         pxp.find_components(linear, "filter")
     convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
