@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .compact import compact
-from .components import Components, _reader, example_input
+from .compact import Blueprint
+from .components import Components, example_input, reader_of
 from .cost import layer_seconds, pass_seconds
 from .prune import Mask, guarded, per_cost
 from .replica import evaluating, replica
@@ -34,7 +34,9 @@ class Budget:
     def __init__(self, model: nn.Module, quantity: str, share: float, example: Tensor | None = None) -> None:
         self.model, self.quantity, self.share = model, quantity, share
         self.images = _batch(model, example)
-        self.dense = self.measured(model)
+        # torch's fast path for attention hides its operations
+        self.dense = self.measured(replica(model) if quantity == "flops" else model)
+        self._blueprint: Blueprint | None = None
 
     def measured(self, model: nn.Module) -> float:
         """One figure of :func:`pxp.cost`, without the time that the others take."""
@@ -45,12 +47,18 @@ class Budget:
                 # the fastest of many: what else the machine does must not decide what is pruned
                 return min(pass_seconds(model, self.images, 0.2))
             with FlopCounterMode(display=False) as counter:
-                replica(model)(self.images)
+                model(self.images)
         return counter.get_total_flops()
+
+    def network(self, mask: Mask) -> fx.GraphModule:
+        """What :func:`pxp.compact` makes; the model is traced only once."""
+        if self._blueprint is None:
+            self._blueprint = Blueprint(self.model, mask.units, self.images)
+        return self._blueprint.network(mask)
 
     def left(self, mask: Mask) -> float:
         """Share of the dense network's cost that the compacted one has."""
-        return self.measured(compact(self.model, mask, example=self.images)) / self.dense
+        return self.measured(self.network(mask)) / self.dense
 
     def fits(self, mask: Mask) -> bool:
         return self.left(mask) <= self.share
@@ -72,7 +80,7 @@ class Budget:
         step = STEP * sum(price[name] * layer.size for name, layer in units.items())
         mask = Mask(units, {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()})
         while True:
-            left = weights_left(self.model, compact(self.model, mask, example=self.images), units)
+            left = weights_left(self.model, self.network(mask), units)
             now = torch.cat([torch.full((n,), price[k] * left[k]).double() for k, n in zip(units, sizes, strict=True)])
             alive = torch.cat(list(mask.values()))
             free = alive & ~stays
@@ -135,7 +143,7 @@ def weights_left(model: nn.Module, small: nn.Module, units: Components) -> dict[
 
     shares = {}
     for name, layer in units.items():
-        then = _reader(name, units.trace, dense) if layer.kind == "neuron" else None
+        then = reader_of(name, units.trace, dense) if layer.kind == "neuron" else None
         now, before = (shape(modules, name)[1] + shape(modules, then)[0] for modules in (rest, dense))
         # what has become constant has no layer and costs nothing, but is divided by
         shares[name] = 1.0 if layer.kind == "head" else max(now / before if name in rest else 0, NOTHING)

@@ -57,11 +57,7 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
         raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
     blueprint = Blueprint(model, mask.units, example)
     with torch.inference_mode(False), torch.no_grad():
-        small = fx.GraphModule(*blueprint.cut(mask), class_name=type(model).__name__).eval()
-        small.graph.eliminate_dead_code()
-        small.graph.lint()
-        small.delete_all_unused_submodules()
-        small.recompile()
+        small = blueprint.network(mask)
         for module in small.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.detach().clone()))
@@ -129,6 +125,15 @@ class Blueprint:
         """The parts (name → module or tensor) and the graph of the smaller network; parts may be the model's own."""
         with torch.inference_mode(False), torch.no_grad():
             return Compactor(self.twin, self.graph, mask).run()
+
+    def network(self, mask: Mask) -> fx.GraphModule:
+        """The smaller network, not yet compared with the masked model; may share memory with the model."""
+        made = fx.GraphModule(*self.cut(mask), class_name=type(self.model).__name__).eval()
+        made.graph.eliminate_dead_code()
+        made.graph.lint()
+        made.delete_all_unused_submodules()
+        made.recompile()
+        return made
 
     def check(self, masks: Sequence[Mask], found: Sequence[Any]) -> None:
         """Compare outputs for ``noise`` with the masked model's: a structure that was misread must not go unnoticed."""

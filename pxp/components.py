@@ -322,7 +322,7 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
     modules = dict(twin.named_modules())
     if kind == "head":
         return [_head_layer(name, twin.get_submodule(name), structure) for name in structure.heads]  # type: ignore[arg-type]
-    readers = {name: _reader(name, structure, modules) for name in structure.activations}
+    readers = {name: reader_of(name, structure, modules) for name in structure.activations}
     if kind == "filter":
         names = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)]
     else:
@@ -350,7 +350,7 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
     return layers
 
 
-def _reader(name: str, structure: Trace, modules: dict[str, nn.Module]) -> str | None:
+def reader_of(name: str, structure: Trace, modules: dict[str, nn.Module]) -> str | None:
     """The linear layer of the same parent that runs next and takes as many inputs as ``name`` has outputs."""
     after = structure.order[structure.order.index(name) + 1 :]
     parent = name.rpartition(".")[0]
