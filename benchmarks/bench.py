@@ -151,7 +151,8 @@ def attribution(names: list[str], repeats: int, batch: int) -> None:
             )
 
 
-def memory(names: list[str], batch: int) -> None:
+def memory(names: list[str], batch: int = 8) -> None:
+    """At a batch at which activations decide, and not the copy of the weights into which BatchNorm is merged."""
     print(f"\nPeak memory, relative to plain; batch {batch} (target: at most {MEMORY_TARGET})")
     print(f"{'model':<14} {'rule':<13} {'pxp':>6}")
     for name in names:
@@ -165,8 +166,9 @@ def memory(names: list[str], batch: int) -> None:
 def sweep() -> None:
     """What is left without all of the components bounds what compaction alone can reach: 20 times as much."""
     print("\nPruning curve with 20 rates, in evaluations of the unpruned model (target: 8 for filters and neurons);")
+    print("same batch: of the unpruned model at the curve's batch size, which serves the cache best;")
     print("rest: 20 evaluations of the network without all of these components")
-    print(f"{'':<14} {'curve':>6} {'rest':>6}")
+    print(f"{'':<15} {'curve':>6} {'same batch':>11} {'rest':>6}")
     data = pxp.load_dataset()
     images = pxp.reference_samples(data.eval, per_class=100)
     for name, kind in (("vgg", "filter"), ("resnet", "filter"), ("vgg", "neuron"), ("vit", "neuron"), ("vit", "head")):
@@ -174,17 +176,18 @@ def sweep() -> None:
         units = pxp.find_components(model, kind)
         scores = pxp.attribute(model, pxp.reference_samples(data.reference, 2), units, pxp.LRP())
         rest = pxp.compact(model, scores.select(1.0))
-        # all with the curve's own batch size, at which the processor's cache serves the unpruned network best, too
         found = medians(
             {
-                "plain": partial(pxp.accuracy, model, images, batch_size=100),
+                "plain": partial(pxp.accuracy, model, images),
+                "same batch": partial(pxp.accuracy, model, images, batch_size=100),
                 "rest": partial(pxp.accuracy, rest, images, batch_size=100),
                 "curve": partial(pxp.pruning_curve, model, scores, images, progress=False),
             },
             5,
         )
-        ratio = {what: seconds / found["plain"] for what, seconds in found.items()}
-        print(f"{name + ', ' + kind + 's':<14} {ratio['curve']:6.1f} {20 * ratio['rest']:6.1f}", flush=True)
+        curve, same = found["curve"] / found["plain"], found["curve"] / found["same batch"]
+        rest_share = 20 * found["rest"] / found["same batch"]
+        print(f"{name + ', ' + kind + 's':<15} {curve:6.1f} {same:11.1f} {rest_share:6.1f}", flush=True)
 
 
 def search() -> None:
@@ -237,7 +240,7 @@ if __name__ == "__main__":
     models = arguments.models or (["resnet18"] if arguments.quick else list(MODELS))
     print(f"torch {torch.__version__}, zennit {version('zennit')}")
     attribution(models, 3 if arguments.quick else 7, arguments.batch)
-    memory(models, arguments.batch)
+    memory(models)
     sweep()
     search()
     import_time()
