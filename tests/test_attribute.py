@@ -633,12 +633,13 @@ def transformer() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.rand(3, 3, 28, 28, dtype=torch.float64), torch.tensor([0, 3, 1])
 
 
+@pytest.mark.parametrize("kind", ["neuron", "mlp_output"])
 @pytest.mark.parametrize("criterion", RULES, ids=repr)
-def test_a_masked_neuron_takes_no_relevance(criterion):
-    """Attribution inside of a mask is that of the network without these neurons."""
+def test_what_is_masked_takes_no_relevance(criterion, kind):
+    """Attribution inside of a mask is that of the network without these neurons or outputs."""
     model, x, labels = transformer()
-    units = pxp.find_components(model, ("head", "neuron"))
-    mask = pxp.attribute(model, None, units.of_kind("neuron"), pxp.Random()).select(0.5)
+    units = pxp.find_components(model, ("head", "neuron", "mlp_output"))
+    mask = pxp.attribute(model, None, units.of_kind(kind), pxp.Random()).select(0.5)
     without = copy.deepcopy(model)
     for name, kept in mask.items():
         layer = without.get_submodule(name)
