@@ -64,7 +64,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/removal.py
 
 train: .venv/.installed
-	$(BIN)/python -m pxp.train vgg resnet vit $(addprefix --root ,$(ROOT))
+	$(BIN)/python recipes/training.py vgg resnet vit $(addprefix --root ,$(ROOT))
 
 clean:
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

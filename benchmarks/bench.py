@@ -29,7 +29,8 @@ from torch import nn
 
 import pxp
 from pxp.cost import peak_memory
-from pxp.replica import fold_batch_norm, replica
+from pxp.network.fold import fold_batch_norm
+from pxp.network.replica import replica
 
 MODELS = {
     "vgg16_bn": "torchvision/vgg16_bn",

@@ -4,22 +4,24 @@ The names below follow the data flow: model and reference images â†’ attribute â
 """
 
 from . import plots
-from .attention import CPLRP, AttnLRP, SoftmaxZPlus
 from .attribute import attribute, heatmap
-from .compact import compact, load_compact, save_compact
-from .components import Components, find_components
-from .composites import LRP, depth_groups
+from .compaction.compact import compact, load_compact, save_compact
 from .cost import Cost, compare_costs, cost
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
 from .data import load_dataset, reference_samples
-from .evaluate import Comparison, Curve, accuracy, compare, load_curves, pruning_curve, save_curves
+from .evaluate import Curve, accuracy, compare, load_curves, pruning_curve, save_curves
+from .lrp.composites import LRP, depth_groups
+from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
+from .masks import Mask, masked
 from .models import load_model, model_card
-from .prune import Mask, Scores, masked
+from .network.components import Components, find_components
 from .recover import finetune, prune_gradually
-from .rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
-from .space import search_space
-from .studies import load_study, save_study, tuned_curve, winner
-from .tune import tune
+from .scores import Scores
+from .search.space import search_space
+from .search.studies import load_study, save_study, tuned_curve, winner
+from .search.tune import tune
+from .statistics import Comparison
 
 __version__ = "0.1.0"
 

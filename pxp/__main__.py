@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from .attention import is_head_layer
-from .components import KINDS, find_components
 from .data import load_dataset, reference_samples
 from .models import load_model
-from .studies import save_study, winner
-from .tune import tune
+from .network.attention import is_head_layer
+from .network.components import KINDS, find_components
+from .search.studies import save_study, winner
+from .search.tune import tune
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from zennit.core import Composite
 
-from .components import Components, Layer, trace_model
-from .composites import LRP, LayerComposite
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
 from .data import Data, batches
-from .prune import Scores
-from .replica import Trace, fold_batch_norm, replica
+from .lrp.composites import LRP, LayerComposite
+from .network.components import Components, Layer
+from .network.fold import fold_batch_norm
+from .network.replica import replica
+from .network.trace import Trace, trace_model
+from .scores import Scores
 
 Criterion: TypeAlias = LRP | Composite | Taylor | IntegratedGradients | Activation | Magnitude | Random
 EPSILON = LRP("epsilon")

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .compact import Blueprint
-from .components import Components, example_input, reader_of
+from .compaction.compact import Blueprint
 from .cost import layer_seconds, pass_seconds
-from .prune import Mask, guarded, per_cost
-from .replica import evaluating, replica
+from .masks import Mask
+from .network.components import Components, reader_of
+from .network.replica import evaluating, replica
+from .network.trace import example_input
+from .scores import guarded, per_cost
 
 STEP = 0.05  # share of the components' cost that goes before relevance per cost is ranked anew
 NOTHING = 1e-9

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .components import example_input
-from .replica import evaluating, replica
+from .network.replica import evaluating, replica
+from .network.trace import example_input
 
 # attribute of a cost → its title, what one unit of it is, and how it is written
 QUANTITIES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .composites import check_absolute, check_start
+from .lrp.composites import check_absolute, check_start
 
 
 @dataclass(frozen=True)

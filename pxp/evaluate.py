@@ -12,7 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import Data, shipped_file
-from .prune import Scores
+from .scores import Scores
+from .statistics import Comparison, bootstrap, paired
 from .sweep import Sweep, hits
 
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
@@ -101,11 +102,11 @@ class Curve:
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap interval of the mean accuracy at each rate, over runs; two arrays (rates,)."""
-        return _bootstrap(np.asarray(self.runs), level)
+        return bootstrap(np.asarray(self.runs), level)
 
     def a_pr_interval(self, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of A_PR over runs."""
-        low, high = _bootstrap(self.a_pr_runs[:, None], level)
+        low, high = bootstrap(self.a_pr_runs[:, None], level)
         return float(low[0]), float(high[0])
 
     def plot(self, ax=None, **kwargs):
@@ -241,34 +242,6 @@ def pruning_curve(
     return Curve(tuple(rates), runs, several[0].criterion, settings)
 
 
-@dataclass(frozen=True, repr=False)
-class Comparison:
-    """Paired difference of two curves' A_PR over the same seeds.
-
-    Attributes
-    ----------
-    difference : float
-        Mean of first minus second.
-    low, high : float
-        95 % bootstrap interval of the mean.
-    p_value : float
-        Two-sided sign-flip permutation test of no difference.
-    runs : int
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    runs: int
-
-    def __repr__(self) -> str:
-        return (
-            f"A_PR difference {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], "
-            f"p = {self.p_value:.3f}, {self.runs} paired runs"
-        )
-
-
 def compare(first: Curve, second: Curve) -> Comparison:
     """Test whether two criteria differ in A_PR, run by run.
 
@@ -296,18 +269,4 @@ def compare(first: Curve, second: Curve) -> Comparison:
     difference = a - b
     if len(difference) < 2:
         raise ValueError("a paired test needs at least two runs")
-    low, high = _bootstrap(difference[:, None], 0.95)
-    from scipy import stats  # slow to import, and only needed here and below
-
-    test = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
-    return Comparison(float(difference.mean()), float(low[0]), float(high[0]), float(test.pvalue), len(difference))
-
-
-def _bootstrap(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of the mean over the first axis; (columns,) each."""
-    if len(values) < 2:
-        return values[0], values[0]
-    from scipy import stats
-
-    result = stats.bootstrap((values,), np.mean, axis=0, confidence_level=level, method="percentile", rng=0)
-    return result.confidence_interval.low, result.confidence_interval.high
+    return paired(difference)

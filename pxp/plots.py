@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from .cost import Cost
     from .evaluate import Curve
-    from .prune import Mask, Scores
+    from .masks import Mask
+    from .scores import Scores
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart, darkest first
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .attribute import Criterion, attribute
-from .components import Components
 from .criteria import Magnitude, Random
 from .data import Data
-from .prune import Mask, Scores, masked
-from .replica import evaluating
-from .studies import fingerprints, whole
+from .masks import Mask, masked
+from .network.components import Components
+from .network.replica import evaluating
+from .scores import Scores
+from .search.studies import fingerprints, whole
 
 
 def prune_gradually(

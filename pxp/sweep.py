@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .attention import Attention, without_heads
-from .compact import Blueprint
+from .compaction.compact import Blueprint
 from .data import Data, batches
-from .prune import Mask, masked
-from .replica import evaluating, fold_batch_norm, replica
+from .masks import Mask, masked
+from .network.attention import Attention, without_heads
+from .network.fold import fold_batch_norm
+from .network.replica import evaluating, replica
 
 ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
 

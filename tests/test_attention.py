@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer
 
 import pxp
-from pxp.attention import Attention, AttentionRule, make_softmax_rule
-from pxp.replica import replica
+from pxp.lrp.softmax import AttentionRule, make_softmax_rule
+from pxp.network.attention import Attention
+from pxp.network.replica import replica
 from pxp.sweep import silenced
 
 CONV = {"epsilon": 0.0, "gamma": 0.25}

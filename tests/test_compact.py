@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torchvision.models import MobileNetV2
 
 import pxp
-from pxp.channels import Affine, Constant, Expand, Join, Select
-from pxp.follow import Compactor
+from pxp.compaction.channels import Affine, Constant, Expand, Join, Select
+from pxp.compaction.follow import Compactor
 
 
 def drawn(units: pxp.Components, rate: float, seed: int = 0) -> pxp.Mask:

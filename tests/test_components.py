@@ -12,9 +12,10 @@ from conftest import Grouped, mlp, network, randomise, relative, without_biases
 from torch import Tensor, nn
 
 import pxp
-from pxp.components import trace_model
 from pxp.models import VGG
-from pxp.replica import fold_batch_norm, replica
+from pxp.network.fold import fold_batch_norm
+from pxp.network.replica import replica
+from pxp.network.trace import trace_model
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -235,7 +235,7 @@ def test_rules_and_criteria(case):
 
 
 def test_zero_params_with_a_rule_object():
-    from pxp.rules import make_rule
+    from pxp.lrp.rules import make_rule
 
     with pytest.raises(
         ValueError, match=r"give zero_params='bias' to the rule itself: Gamma\(\.\.\., zero_params='bias'\)"

@@ -18,7 +18,7 @@ from test_compact import drawn
 from torch import Tensor, nn
 
 import pxp
-from pxp.channels import Affine, Constant, Expand, Join, Select
+from pxp.compaction.channels import Affine, Constant, Expand, Join, Select
 
 
 def resnet18() -> nn.Module:

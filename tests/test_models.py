@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pxp
-from pxp import train as recipe
 from pxp.data import ASSETS, Split
 from pxp.models import SHIPPED, load_model, model_card
-from pxp.train import train
+from recipes import training as recipe
+from recipes.training import train
 
 PROMISED = {"vgg": 0.93, "resnet": 0.93, "vit": 0.9}
 

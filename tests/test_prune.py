@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pxp
-from pxp.components import Components, Layer
-from pxp.replica import Trace
+from pxp.network.components import Components, Layer
+from pxp.network.trace import Trace
 
 
 def made(values: dict[str, list[float]], signed: dict[str, list[float]] | None = None) -> pxp.Scores:

@@ -16,9 +16,10 @@ from zennit.layer import Sum
 from zennit.torchvision import ResNetBasicBlockCanonizer, ResNetBottleneckCanonizer
 
 import pxp
+from pxp.lrp.rules import make_rule
 from pxp.models import VGG
-from pxp.replica import fold_batch_norm, replica
-from pxp.rules import make_rule
+from pxp.network.fold import fold_batch_norm
+from pxp.network.replica import replica
 
 TINY = 1e-12
 BIAS = [None, "bias"]
@@ -442,7 +443,7 @@ def test_rules_leave_the_outputs_as_they_are(name, rule):
 def test_wide_linear_layers_in_blocks_are_the_same(rule, monkeypatch):
     model, x, labels, _units = network("mlp")
     whole = pxp.heatmap(model, x, labels, pxp.LRP(rule))
-    monkeypatch.setattr("pxp.rules._BLOCK", 24)
+    monkeypatch.setattr("pxp.lrp.carry._BLOCK", 24)
     assert relative(pxp.heatmap(model, x, labels, pxp.LRP(rule)), whole) < 1e-13
 
 

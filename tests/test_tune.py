@@ -25,8 +25,8 @@ from zennit.core import Composite, Hook
 import pxp
 from pxp import sweep
 from pxp.__main__ import main
-from pxp.space import SearchSpace
-from pxp.tune import Objective, open_storage
+from pxp.search.space import SearchSpace
+from pxp.search.tune import Objective, open_storage
 
 tune_module = import_module("pxp.tune")
 RATES = (0, 0.3, 0.6)

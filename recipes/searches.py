@@ -1,4 +1,4 @@
-"""The searches that the book reports: ``python benchmarks/searches.py NAME...`` makes or goes on with them.
+"""The searches that the book reports: ``python recipes/searches.py NAME...`` makes or goes on with them.
 
 A study is kept as ``runs/NAME.journal`` while it runs, so that any number of processes can work on it, and written to
 ``pxp/assets/studies/NAME.json`` when it is complete. Tuning images: 50 per class; references: 10 per class.

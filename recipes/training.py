@@ -1,4 +1,4 @@
-"""How the shipped networks were trained: ``python -m pxp.train vgg --root FOLDER`` does it again, resumably."""
+"""How the shipped networks were trained: ``python recipes/training.py vgg --root FOLDER`` does it again, resumably."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from .data import ASSETS, Split, load_dataset
-from .models import SHIPPED
+from pxp.data import ASSETS, Split, load_dataset
+from pxp.models import SHIPPED
 
 BATCH_SIZE = 128
 WEIGHT_DECAY = 0.05

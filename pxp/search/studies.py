@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attribute import Criterion, attribute
-from .components import Components
-from .data import Data, batches, shipped_file
-from .evaluate import Curve, pruning_curve
+from ..attribute import Criterion, attribute
+from ..data import Data, batches, shipped_file
+from ..evaluate import Curve, pruning_curve
+from ..network.components import Components
 from .space import as_criterion
 
 if TYPE_CHECKING:

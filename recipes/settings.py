@@ -1,4 +1,4 @@
-"""What else the composites of ``vgg-grid`` are worth: ``python benchmarks/settings.py``.
+"""What else the composites of ``vgg-grid`` are worth: ``python recipes/settings.py``.
 
 Writes ``pxp/assets/studies/vgg-settings.npz``. Its rows are the 64 trials with absolute scores whose low group has the
 middle group's rule (the low group's rule changes few scores), in the study's order:

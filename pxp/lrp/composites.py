@@ -10,9 +10,13 @@ from torch import nn
 from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
-from .attention import SUPPORTED, AttentionRule, make_softmax_rule, unsupported_attention
-from .replica import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, Trace, is_activation, replica
-from .rules import Constant, Half, Identity, Normalisation, Rule, is_normalisation, make_rule
+from ..network.attention import SUPPORTED, unsupported_attention
+from ..network.layers import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, is_activation, is_normalisation
+from ..network.replica import replica
+from ..network.trace import Trace, trace_model
+from .passes import Constant, Half, Identity, Normalisation
+from .rules import Rule, make_rule
+from .softmax import AttentionRule, make_softmax_rule
 
 GROUPS = ("low", "middle", "high", "fc")
 STARTS = ("logit", "one", "margin", "loss")
@@ -237,8 +241,6 @@ class LRP:
             function (a ReLU may be: its derivative is its rule).
         """
         if structure is None:
-            from .components import trace_model
-
             structure = trace_model(model)
         twin = replica(model)
         unsupported = unsupported_attention(twin, structure.attentions)

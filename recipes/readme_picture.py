@@ -1,4 +1,4 @@
-"""Draw the picture of the README: ``python benchmarks/readme_picture.py``."""
+"""Draw the picture of the README: ``python recipes/readme_picture.py``."""
 
 import matplotlib.pyplot as plt
 import torch

@@ -1,4 +1,4 @@
-"""The results that the book reports: ``python benchmarks/results.py TASK...`` measures them and goes on where it was.
+"""The results that the book reports: ``python recipes/results.py TASK...`` measures them and goes on where it was.
 
 Every criterion is measured on 1,000 images that no search has seen, over five draws of reference samples, and written
 as a pruning curve to ``pxp/assets/curves/TASK.json`` (:func:`pxp.load_curves`). Run ``searches.py`` first.

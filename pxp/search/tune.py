@@ -20,17 +20,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attribute import Criterion, attribute
-from .budget import Budget
-from .components import Components
-from .composites import LRP
-from .criteria import Taylor
-from .data import Data
-from .evaluate import RATES
-from .prune import Mask, Scores
+from ..attribute import Criterion, attribute
+from ..budget import Budget
+from ..criteria import Taylor
+from ..data import Data
+from ..evaluate import RATES
+from ..lrp.composites import LRP
+from ..masks import Mask
+from ..network.components import Components
+from ..scores import Scores
+from ..sweep import Sweep
 from .space import SearchSpace, as_criterion, search_space
 from .studies import SHARED, fingerprints, whole
-from .sweep import Sweep
 
 if TYPE_CHECKING:
     import optuna
@@ -237,7 +238,7 @@ def tune(
     n_trials : int or None, default 100
         Trials of the whole study, over all workers and earlier calls; None: no limit but ``timeout`` or the grid's end.
     space : {"paper", "extended"}, mapping, SearchSpace or callable
-        See :func:`pxp.search_space`; a mapping as for :class:`pxp.space.SearchSpace`; or a function that takes an
+        See :func:`pxp.search_space`; a mapping as for :class:`pxp.search.space.SearchSpace`; or a function that takes an
         ``optuna.Trial`` and returns such a setting, any criterion, or (criterion, options of ``select``).
     objective : str or sequence of str
         ``"a_pr"``; ``"accuracy@0.5"``, the accuracy at one rate; ``"flops@0.95"``, ``"parameters@0.95"``, the share

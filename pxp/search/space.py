@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .attention import SOFTMAX_RULES, is_head_layer
-from .composites import GROUPS, LRP
-from .rules import PARAMETERS
+from ..lrp.composites import GROUPS, LRP
+from ..lrp.rules import PARAMETERS
+from ..lrp.softmax import SOFTMAX_RULES
+from ..network.attention import is_head_layer
 
 if TYPE_CHECKING:
     import optuna

@@ -1,113 +1,20 @@
-"""From scores to a pruned network: rank the components, choose which to keep, silence the others."""
+"""Scores: what attribution gives, and how the components to prune are chosen by it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .attention import silence_heads
-from .components import Components, Layer
-from .replica import Trace
+from .files import load_tensors, save_tensors
+from .masks import ByLayer, Mask
+from .network.components import Components
 
 
-class _ByLayer(Mapping[str, Tensor]):
-    """A 1-D tensor per layer of components, in the order in which the layers run."""
-
-    def __init__(self, units: Components, tensors: Mapping[str, Tensor]) -> None:
-        what = type(self).__name__
-        if set(tensors) != set(units):
-            odd = sorted(set(tensors) ^ set(units))
-            raise ValueError(f"{what} and components name different layers: {', '.join(odd)}")
-        for name, layer in units.items():
-            if tensors[name].shape != (layer.size,):
-                raise ValueError(
-                    f"{what} of layer {name!r} must have shape ({layer.size},), got {tuple(tensors[name].shape)}"
-                )
-        self.units = units
-        self._tensors = {name: tensors[name] for name in units}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self._tensors)}")
-        return self._tensors[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-class Mask(_ByLayer):
-    """Which components are kept: one bool tensor per layer, True = kept.
-
-    Parameters
-    ----------
-    units : Components
-    kept : mapping of str to Tensor
-        bool, (size,) per layer.
-
-    Raises
-    ------
-    ValueError
-        Layers, sizes or dtypes that do not fit ``units``.
-    """
-
-    def __init__(self, units: Components, kept: Mapping[str, Tensor]) -> None:
-        super().__init__(units, kept)
-        for name, tensor in kept.items():
-            if tensor.dtype != torch.bool:
-                raise ValueError(f"mask of layer {name!r} must be bool, got {tensor.dtype}")
-
-    @property
-    def kept(self) -> int:
-        """Number of kept components."""
-        return sum(int(tensor.sum()) for tensor in self.values())
-
-    @property
-    def rate(self) -> float:
-        """Fraction of components that are pruned."""
-        return 1 - self.kept / self.units.total
-
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors."""
-        save_tensors(path, "mask", self.units, {"kept": self})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Mask:
-        """Read what :meth:`save` wrote.
-
-        Raises
-        ------
-        ValueError
-            Not a file of this kind, or damaged.
-        """
-        units, tensors, _ = load_tensors(path, "mask")
-        return cls(units, tensors["kept"])
-
-    def __repr__(self) -> str:
-        width = max(len("layer"), *(len(name) for name in self))
-        rows = [
-            f"{self.kept:,} of {self.units.describe()} kept ({self.rate:.1%} pruned)",
-            f"  {'layer':<{width}}  kept  of",
-        ]
-        rows += [f"  {name:<{width}}  {int(kept.sum()):4}  {len(kept)}" for name, kept in self.items()]
-        return "\n".join(rows)
-
-
-class Scores(_ByLayer):
+class Scores(ByLayer):
     """The score of every component: ``scores[layer]`` by magnitude, ``scores.signed[layer]`` signed.
 
     Parameters
@@ -136,7 +43,7 @@ class Scores(_ByLayer):
         samples: int = 0,
     ) -> None:
         super().__init__(units, magnitude)
-        self.signed: Mapping[str, Tensor] = _ByLayer(units, signed)
+        self.signed: Mapping[str, Tensor] = ByLayer(units, signed)
         self.criterion = criterion
         self.samples = samples
         broken = [n for n in self if not bool((self[n].isfinite() & self.signed[n].isfinite()).all())]
@@ -186,7 +93,7 @@ class Scores(_ByLayer):
             Rank by score per cost. This is how kinds of different size, such as heads and neurons, are pruned together.
             Negative scores are multiplied by the cost instead: of two components that do equal harm, the one that
             costs more goes first. Parameters and operations of a component are the attributes of
-            :class:`pxp.components.Layer`, latency is the measured time of its layer divided by the layer's size. With
+            :class:`pxp.network.components.Layer`, latency is the measured time of its layer divided by the layer's size. With
             ``rate``, as many are pruned as save this share of the whole cost (never more). With a budget, the costs
             are updated as neighbours go: a filter, a neuron or an MLP output costs less by its lost inputs, a neuron
             also by the lost outputs of the layer that reads it. Default: every component counts the same.
@@ -314,115 +221,3 @@ def guarded(key: Tensor, number: int) -> Tensor:
     found = torch.zeros(len(key), dtype=torch.bool)
     found[torch.argsort(key, stable=True)[max(0, len(key) - number) :]] = True
     return found
-
-
-@contextmanager
-def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
-    """Silence the pruned components while the context lasts; weights are never touched.
-
-    A pruned filter emits exactly zero after its BatchNorm, a pruned head gives exactly zero to the output projection
-    (torch's fast path included). On exit, also by an exception, the model is what it was.
-    Contexts nest: a component is silent if any of the masks prunes it.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model whose components ``mask`` was made for.
-    mask : Mask
-
-    Yields
-    ------
-    nn.Module
-        The same model.
-
-    Raises
-    ------
-    ValueError
-        A mask of another model.
-
-    Examples
-    --------
-    >>> with pxp.masked(model, mask):  # doctest: +SKIP
-    ...     pxp.accuracy(model, data.eval)
-    """
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
-    mask.units.check(model)
-    modules = dict(model.named_modules())
-    handles = []
-    try:
-        for name, kept in mask.items():
-            layer = mask.units[name]
-            if bool(kept.all()):
-                continue
-            if layer.kind == "head":
-                handles += silence_heads(modules[name], kept)
-                continue
-            for site in layer.site:
-                handles.append(modules[site].register_forward_hook(_silence(~kept, layer.kind == "filter")))
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _silence(pruned: Tensor, filters: bool):
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        off = pruned.to(output.device)
-        return output.masked_fill(off.reshape(-1, *[1] * (output.ndim - 2)) if filters else off, 0)
-
-    return hook
-
-
-_GROUPS = {"mask": {"kept"}, "scores": {"magnitude", "signed"}, "compact": {"kept", "state"}}
-_EXTRA = {"mask": set(), "scores": {"criterion", "samples"}, "compact": {"model", "example"}}
-
-
-def save_tensors(
-    path: str | Path,
-    what: str,
-    units: Components,
-    groups: Mapping[str, Mapping[str, Tensor]],
-    extra: dict | None = None,
-) -> None:
-    """Write named groups of tensors about some components as safetensors."""
-    tensors = {
-        f"{group}/{name}": tensor.contiguous().clone()
-        for group, by_layer in groups.items()
-        for name, tensor in by_layer.items()
-    }
-    layers = [asdict(layer) for layer in units.values()]
-    header = {"what": what, "kind": units.kind, "layers": layers, "trace": asdict(units.trace), "extra": extra or {}}
-    save_file(tensors, path, metadata={"pxp": json.dumps(header)})
-
-
-def load_tensors(path: str | Path, what: str) -> tuple[Components, dict[str, dict[str, Tensor]], dict]:
-    """Read what :func:`save_tensors` wrote: components, group → name → tensor, and the rest."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["pxp"])
-            if header["what"] != what:
-                raise KeyError(f"it holds {header['what']}, not {what}")
-            tensors: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():
-                group, _, name = key.partition("/")
-                tensors.setdefault(group, {})[name] = file.get_tensor(key)
-        found = header["trace"]
-        structure = Trace(
-            tuple(found["order"]),
-            {name: tuple(norms) for name, norms in found["norms"].items()},
-            found["activations"],
-            found["heads"],
-            found["positions"],
-            tuple(found["overwritten"]),
-            {name: tuple(called) for name, called in found.get("functions", {}).items()},
-        )
-        layers = [Layer(**{**entry, "site": tuple(entry["site"])}) for entry in header["layers"]]
-        kind, extra = header["kind"], header["extra"]
-        if set(tensors) != _GROUPS[what] or set(extra) != _EXTRA[what]:
-            raise KeyError(f"it holds {', '.join([*tensors, *extra])}")
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no {what} file written by pxp, or it is damaged: {error}") from error
-    return Components(kind, layers, structure), tensors, extra

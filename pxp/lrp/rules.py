@@ -21,53 +21,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from zennit.core import Hook
 
-_BLOCK = 2**20  # weights
-
-
-def stabilize(d: Tensor, epsilon: float) -> Tensor:
-    """d + ε·sign(d), with sign(0) = 1: a denominator that is never zero."""
-    return d + torch.copysign(d.new_tensor(epsilon), d)
-
-
-def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The module's own forward with other parameters; the module is not touched, its hooks do not run."""
-    twin = copy.copy(module)
-    twin._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
-    return twin.forward
-
-
-def _lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply the module to ``x`` with the weight ``change(weight)`` and another bias, without storing that weight.
-
-    Backward makes it anew, and a large linear layer goes through it in blocks of rows that fit the processor's cache.
-    """
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if not isinstance(module, nn.Linear):
-        return _block(module, weight, change, x, bias)
-    rows = max(1, _BLOCK // module.in_features)
-    weights = weight.split(rows)
-    biases = [None] * len(weights) if bias is None else bias.split(rows)
-    blocks = [_block(module, part, change, x, shift) for part, shift in zip(weights, biases, strict=True)]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
-
-
-def _block(
-    module: nn.Module, weight: Tensor, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None
-) -> Tensor:
-    changed = change(weight)
-    weight_at, strides = changed.data_ptr(), changed.stride()
-
-    def pack(tensor: Tensor) -> Tensor | bool:
-        return tensor if tensor.data_ptr() != weight_at else tensor.stride() == strides
-
-    def unpack(packed: Tensor | bool) -> Tensor:
-        return packed if isinstance(packed, Tensor) else change(weight) if packed else change(weight).t()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return with_parameters(module, changed, bias)(x)
+from .carry import Anew, Carry, Once, Redistribute, lean, over, scaled, stabilize, with_parameters
 
 
 def _positive_part(tensor: Tensor) -> Tensor:
@@ -80,67 +36,6 @@ def _negative_part(tensor: Tensor) -> Tensor:
 
 def _not_negative(x: Tensor) -> bool:
     return bool(x.detach().min() >= 0)
-
-
-class _Once:
-    """Tensors that the backward pass takes once: memory falls on the way, and what was taken may be overwritten."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._tensors = [tensors]
-
-    def take(self) -> tuple[Tensor, ...]:
-        if not self._tensors:
-            raise RuntimeError("a rule's graph can be walked back only once; run the model again")
-        return self._tensors.pop()
-
-
-def _over(z: Tensor, denominator: Tensor) -> Tensor:
-    """z / denominator, written over the denominator: a large new tensor costs more than the division."""
-    return torch.div(z, denominator, out=denominator)
-
-
-def _scaled(grad: Tensor, *shares: Tensor) -> tuple[Tensor, ...]:
-    return tuple(share.mul_(grad) for share in shares)
-
-
-class _Carry(Function):
-    """A tensor with the values of ``value`` whose gradient goes, weighed with the shares, to ``carriers``."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        value: tuple[Tensor],
-        shares: tuple[Tensor, ...],
-        weigh: Callable[..., tuple[Tensor, ...]],
-        *carriers: Tensor,
-    ) -> Tensor:
-        ctx.shares, ctx.weigh = _Once(*shares), weigh
-        return value[0]  # in a tuple, so that autograd sees a new tensor, not an input returned as it is
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return None, None, None, *ctx.weigh(grad, *ctx.shares.take())
-
-
-class Anew(Function):
-    """The values now, their graph only in the backward pass: what that needs is computed again instead of kept.
-
-    ``Anew.apply((values,), make, *inputs)`` gives the values; ``make(*inputs)`` computes them with the graph that the
-    backward pass follows.
-    """
-
-    @staticmethod
-    def forward(ctx, value: tuple[Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        ctx.make = make
-        return value[0]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        with torch.enable_grad():
-            made = ctx.make(*inputs)
-        return None, None, *torch.autograd.grad(made, inputs, grad)
 
 
 class Rule(Hook):
@@ -228,7 +123,7 @@ class Epsilon(Rule):
         super().__init__(zero_params=zero_params, epsilon=epsilon)
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        held = _Once(output.detach())
+        held = Once(output.detach())
         bias = _channels(module, module.bias) if self.zero_params and module.bias is not None else None  # type: ignore[arg-type]
 
         def scale(grad: Tensor) -> Tensor:
@@ -267,8 +162,8 @@ class _Signed(Rule):
         """Sum of the positive (or negative) contributions to each output, plus ``bias``, with a graph to ``x``."""
         same, other = (_positive_part, _negative_part) if positive else (_negative_part, _positive_part)
         if _not_negative(x):
-            return _lean(module, same, x, bias)
-        return _lean(module, same, x.clamp(min=0), bias) + _lean(module, other, x.clamp(max=0))
+            return lean(module, same, x, bias)
+        return lean(module, same, x.clamp(min=0), bias) + lean(module, other, x.clamp(max=0))
 
 
 class Gamma(_Signed):
@@ -309,28 +204,28 @@ class Gamma(_Signed):
         if self.rectified and _not_negative(x):
             # only positive outputs matter: one pass with w + γw⁺ carries everything
             kept = self._bias(module, lambda b: b + gamma * b.clamp(min=0))
-            upper = _lean(module, lambda weight: weight.clamp(min=0).mul_(gamma).add_(weight), x, kept)
+            upper = lean(module, lambda weight: weight.clamp(min=0).mul_(gamma).add_(weight), x, kept)
             # without the bias the denominator may be negative
             lower = stabilize(upper.detach(), self.epsilon) if self.zero_params else upper.detach().abs() + self.epsilon
             share = z.clamp(min=0).div_(lower)
-            return _Carry.apply((z,), (share,), _scaled, upper)
+            return Carry.apply((z,), (share,), scaled, upper)
         if self.zero_params and module.bias is not None:
             return self._apply_without_bias(module, x, output)
         # (aw)⁺ = (aw + |aw|)/2 and (aw)⁻ = (aw − |aw|)/2, so with m = Σ|aw| + |b| the numerators are those of
         # (1 + γ/2)z ± (γ/2)m, + where z > 0. The denominator's size is then (1 + γ/2)|z| + (γ/2)m.
         half = gamma / 2
-        m = _lean(
+        m = lean(
             module,
             lambda weight: weight.abs().mul_(half),
             x if _not_negative(x) else x.abs(),
             self._bias(module, lambda b: half * b.abs()),
         )
-        share = _over(z, m.detach().add_(z.abs(), alpha=1 + half).add_(self.epsilon))
+        share = over(z, m.detach().add_(z.abs(), alpha=1 + half).add_(self.epsilon))
 
         def weigh(grad: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
             return share.abs().mul_(1 + half).mul_(grad), share.mul_(grad)
 
-        return _Carry.apply((z,), (share,), weigh, output, m)
+        return Carry.apply((z,), (share,), weigh, output, m)
 
     def _apply_without_bias(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         # the denominator may then have another sign than z
@@ -340,7 +235,7 @@ class Gamma(_Signed):
         up = z > 0
         share = z / stabilize(torch.add(z0, torch.where(up, q.detach(), z0 - q.detach()), alpha=gamma), self.epsilon)
         shares = torch.where(up, share, share * (1 + gamma)), share * torch.where(up, gamma, -gamma)
-        return _Carry.apply((z,), shares, _scaled, output, q)
+        return Carry.apply((z,), shares, scaled, output, q)
 
     def _values(self) -> list[float]:
         return [] if self.gamma is None else [self.gamma]
@@ -359,7 +254,7 @@ class ZPlus(_Signed):
         q = self.contributions(module, x, True, self._bias(module, _positive_part))
         z = output.detach()
         # never negative, so the stabiliser is simply added
-        return _Carry.apply((z,), (_over(z, q.detach().add_(self.epsilon)),), _scaled, q)
+        return Carry.apply((z,), (over(z, q.detach().add_(self.epsilon)),), scaled, q)
 
 
 class AlphaBeta(_Signed):
@@ -401,36 +296,10 @@ class AlphaBeta(_Signed):
             part = self.contributions(module, x, positive, kept)
             carriers.append(part)
             shares.append(factor * z / stabilize(part.detach(), self.epsilon))
-        return _Carry.apply((z,), tuple(shares), _scaled, *carriers)
+        return Carry.apply((z,), tuple(shares), scaled, *carriers)
 
     def _values(self) -> list[float]:
         return [self.alpha, self.beta]
-
-
-class _Redistribute(Function):
-    """Backward pass of a rule whose relevance does not contain the input as a factor: g = R / x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, value: tuple[Tensor], rule: _InputRule, module: nn.Module) -> Tensor:
-        ctx.save_for_backward(x, value[0])
-        ctx.rule, ctx.module = rule, module
-        return value[0]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, z = ctx.saved_tensors
-        with torch.enable_grad():
-            terms = []
-            for sign, tensor, weight, bias in ctx.rule.terms(ctx.module, x.detach()):
-                tensor = tensor.requires_grad_()
-                terms.append((sign, tensor, with_parameters(ctx.module, weight, bias)(tensor)))
-        denominator = sum(sign * out.detach() for sign, _, out in terms)
-        share = z * grad / stabilize(denominator, ctx.rule.epsilon)
-        relevance = torch.zeros_like(x)
-        for sign, tensor, out in terms:
-            (gradient,) = torch.autograd.grad(out, tensor, share)
-            relevance += sign * tensor.detach() * gradient
-        return torch.where(x == 0, 0, relevance / x), None, None, None
 
 
 class _InputRule(Rule):
@@ -441,7 +310,7 @@ class _InputRule(Rule):
         raise TypeError(f"{type(self).__name__} defines no rule")
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        return _Redistribute.apply(x, (output.detach(),), self, module)
+        return Redistribute.apply(x, (output.detach(),), lambda x: self.terms(module, x), module, self.epsilon)
 
     def _kept(self, module: nn.Module) -> Tensor | None:
         return None if self.zero_params else module.bias  # type: ignore[return-value]
@@ -517,90 +386,6 @@ class ZBox(_InputRule):
 
     def __repr__(self) -> str:
         return f"ZBox({self.low}, {self.high})"
-
-
-class Identity(Hook):
-    """Elementwise activations pass relevance on unchanged: f(x) = x · (f(x) / x) with the fraction held constant.
-
-    ReLU and LeakyReLU need no hook, their gradient is f(x) / x already.
-    """
-
-    def register(self, module: nn.Module):
-        self._alone = not module._forward_hooks  # else the output may be another than the activation's own
-        return module.register_forward_hook(self._hook)
-
-    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        x = inputs[0]
-        if not x.requires_grad:
-            return None
-        value = None if self._alone else output.detach()
-
-        def make(x: Tensor) -> Tensor:
-            known = x.detach()
-            return x * torch.where(known == 0, 0, (module.forward(known) if value is None else value) / known)
-
-        return Anew.apply((output.detach(),), make, x)
-
-
-class Normalisation(Hook):
-    """LayerNorm and RMSNorm: the division by the standard deviation is by a constant (Ali et al. 2022).
-
-    What remains is linear: y = (x − mean) · w/std + b, and without the mean in RMSNorm.
-    """
-
-    def register(self, module: nn.Module):
-        return module.register_forward_hook(self._hook)
-
-    @staticmethod
-    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        x = inputs[0]
-        if not x.requires_grad:
-            return None
-        weight: Tensor | None = getattr(module, "weight", None)
-        channels_first = "2d" in type(module).__name__
-        dims = (1,) if channels_first else tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
-        if weight is not None and channels_first:
-            weight = weight.reshape(-1, 1, 1)
-        centred = isinstance(module, nn.LayerNorm)
-        value = x.detach()
-        square = value.var(dims, correction=0, keepdim=True) if centred else value.square().mean(dims, keepdim=True)
-        stabiliser = getattr(module, "eps", None)
-        scale = (square + (torch.finfo(x.dtype).eps if stabiliser is None else stabiliser)).rsqrt()
-
-        def weigh(grad: Tensor, scale: Tensor) -> tuple[Tensor]:
-            flow = grad * scale if weight is None else (grad * weight).mul_(scale)
-            return (flow.sub_(flow.mean(dims, keepdim=True)) if centred else flow,)
-
-        return _Carry.apply((output.detach(),), (scale,), weigh, x)
-
-
-def is_normalisation(module: nn.Module) -> bool:
-    """Whether :class:`Normalisation` is the rule for ``module``: torch's and timm's LayerNorm and RMSNorm."""
-    name = type(module).__name__.lower()
-    return isinstance(module, nn.LayerNorm) or (name.startswith("rmsnorm") and hasattr(module, "normalized_shape"))
-
-
-class Half(Hook):
-    """A product of two signals gives half of its relevance to each (Achtibat et al. 2024, eq. 11).
-
-    Placed behind the product: halving what flows back there halves it on both ways.
-    """
-
-    def register(self, module: nn.Module):
-        return module.register_forward_hook(self._hook)
-
-    @staticmethod
-    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not output.requires_grad:
-            return None
-        return _Carry.apply((output.detach(),), (), lambda grad: (grad / 2,), output)
-
-
-class Constant(Hook):
-    """A gate is a constant factor: the signal that it multiplies takes all the relevance (Arras et al. 2017)."""
-
-    def register(self, module: nn.Module):
-        return module.register_forward_hook(lambda module, inputs, output: output.detach())
 
 
 RULES: dict[str, Callable[..., Rule]] = {

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .attention import SUPPORTED, Attention, is_head_layer, unsupported_attention
-from .replica import CONVOLUTIONS, Trace, replica, trace
+from .layers import CONVOLUTIONS
+from .replica import replica
+from .trace import Trace, trace_model
 
-T = TypeVar("T")
 KINDS = {
     "filter": "output channel of a convolution",
     "neuron": "hidden unit: output of a linear layer that feeds an activation",
@@ -241,70 +240,6 @@ def find_components(
     order = {name: position for position, name in enumerate(_run_order(structure))}
     layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
     return Components("+".join(kinds), layers, structure, model)
-
-
-def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
-    """Trace ``model`` on ``example``, or on zeros of the first usual shape that it accepts."""
-    return _first_that_works(model, example, lambda images: trace(model, images))
-
-
-def example_input(model: nn.Module, example: Tensor | None = None) -> Tensor:
-    """One input of a shape that ``model`` accepts: zeros, or the first of ``example``."""
-
-    @torch.no_grad()
-    def run(images: Tensor) -> Tensor:
-        replica(model)(images)
-        return images
-
-    return _first_that_works(model, example, run)
-
-
-def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[Tensor], T]) -> T:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    replica(model)  # what cannot be copied is an error of its own
-    if example is not None:
-        try:
-            return use(example[:1].to(reference))
-        except (RuntimeError, ValueError, AssertionError) as problem:
-            shape = tuple(example.shape)
-            raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
-    candidates = _input_shapes(model)
-    error: Exception | None = None
-    for shape in candidates:
-        try:
-            return use(torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
-        except (RuntimeError, ValueError, AssertionError) as problem:
-            error = problem
-    raise ValueError(
-        f"could not guess an input of {type(model).__name__} (tried {', '.join(map(str, candidates)) or 'nothing'}); "
-        "pass example=<one batch of inputs>"
-    ) from error
-
-
-def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    config = getattr(model, "default_cfg", None) or {}  # timm
-    shapes: list[tuple[int, ...]] = []
-    # torchvision's and timm's vision transformers take no other size
-    side = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(side, int | tuple):
-        height, width = side if isinstance(side, tuple) else (side, side)
-        shapes += [(channels, height, width) for channels in (3, 1)]
-    if isinstance(config.get("input_size"), tuple | list):
-        shapes.append(tuple(config["input_size"]))
-    first = next((m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))), None)
-    if isinstance(first, nn.Linear):
-        shapes.append((first.in_features,))
-        # an image that is flattened first
-        for channels in (1, 3):
-            side = round((first.in_features / channels) ** 0.5)
-            if channels * side**2 == first.in_features:
-                shapes.append((channels, side, side))
-    elif first is not None:
-        dims = len(first.kernel_size)
-        shapes += [(first.in_channels, *[side] * dims) for side in ((224, 64, 32, 28) if dims < 3 else (32, 64))]
-    return shapes
 
 
 def _run_order(structure: Trace) -> list[str]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .attention import Attention
+from ..network.attention import Attention
+from ..network.layers import IDENTITIES, is_activation
 from .channels import Affine, Constant, Expand, Join, Select
-from .replica import is_activation
 
-IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
 IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,

@@ -17,24 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from .attention import Attention
+from ..masks import Mask
+from ..network.attention import Attention
+from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, IDENTITIES, POOLS, is_elementwise
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, cut_layer, entries, fewer_heads
-from .graph import IDENTITIES, Shape
-from .prune import Mask
-from .replica import BATCH_NORMS, CONVOLUTIONS, is_activation
-
-MIXES_CHANNELS = (nn.GLU, nn.Softmax2d, nn.Softmin, nn.PReLU)
-POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-)  # fmt: skip
-ELEMENTWISE = (
-    F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, torch.relu, torch.sigmoid, F.sigmoid,
-    torch.tanh, F.tanh, F.dropout,
-)  # fmt: skip
+from .graph import Shape
 
 
 @dataclass
@@ -184,7 +173,7 @@ class Compactor:
         if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1):
             self.root[str(node.target)] = cut_layer(module, module.weight[inside], entries(module.bias, inside))
             return True
-        elementwise = node.target in ELEMENTWISE or (module is not None and _is_elementwise(module))
+        elementwise = node.target in ELEMENTWISE or (module is not None and is_elementwise(module))
         source = node.args[0] if node.args else None
         if elementwise and isinstance(source, fx.Node) and len(source.users) == 1:
             del source.users[node]  # for the moment nobody reads it
@@ -293,7 +282,7 @@ class Compactor:
         if isinstance(x, _Flow):
             if type(module).__name__ in IDENTITIES:
                 return replace(x)
-            if _is_elementwise(module):
+            if is_elementwise(module):
                 return self._elementwise(x, lambda v: self.call(name, module, v), module)
             if isinstance(module, BATCH_NORMS) and x.dim == 1 and module.running_mean is not None:
                 norm: Any = module
@@ -534,11 +523,6 @@ class Compactor:
 
 def _shape(node: fx.Node) -> Shape:
     return node.meta.get("shape", ())
-
-
-def _is_elementwise(module: nn.Module) -> bool:
-    dropout = isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d)
-    return dropout or (is_activation(module) and not isinstance(module, MIXES_CHANNELS))
 
 
 def _changes_constants(pool: nn.Module) -> bool:

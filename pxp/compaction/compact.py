@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .components import Components, example_input
+from ..files import load_tensors, save_tensors
+from ..masks import Mask, masked
+from ..models import load_model
+from ..network.components import Components
+from ..network.fold import fold_batch_norm
+from ..network.replica import evaluating, replica
+from ..network.trace import example_input
 from .follow import Compactor
 from .graph import traced
-from .models import load_model
-from .prune import Mask, load_tensors, masked, save_tensors
-from .replica import evaluating, fold_batch_norm, replica
 
 LARGEST = 2**28  # values of one input; a file that names more is damaged
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .attention import Attention
+from ..network.attention import Attention
 
 
 def entries(bias: Tensor | None, index: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Make the shipped Fashion-MNIST subsets from the original files: ``python benchmarks/make_subsets.py ROOT``."""
+"""Make the shipped Fashion-MNIST subsets from the original files: ``python recipes/subsets.py ROOT``."""
 
 import hashlib
 import json

@@ -1,48 +1,30 @@
-"""A private copy of a model's structure that shares its weights: what attribution works on instead of the model.
-
-Everything an explanation needs (evaluation mode, BatchNorm folded into its convolution, no in-place activation, hooks)
-is done to the replica. The user's model is never modified, so there is nothing to restore and nothing that an exception
-could leave behind.
-"""
+"""What one forward pass shows of a model: what runs in which order, and what takes whose output."""
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import FrozenBatchNorm2d
 
-from .attention import Attention, copy_hooks, make_explicit
-from .rules import is_normalisation
+from .attention import Attention
+from .layers import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    NORMALISATIONS,
+    PRODUCTS,
+    is_activation,
+    is_normalisation,
+)
+from .replica import replica
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
-# rules are placed on modules: what a forward pass calls as a function has the ordinary derivative instead of its rule
-ACTIVATIONS = {
-    "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "hardswish": nn.Hardswish, "elu": nn.ELU, "celu": nn.CELU,
-    "selu": nn.SELU,
-}  # fmt: skip
-NORMALISATIONS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
-ATTENTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
-PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "tensordot"}
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether ``module`` is an elementwise non-linearity of torch or timm."""
-    source = type(module).__module__
-    if isinstance(module, nn.MultiheadAttention | nn.Softmax | nn.LogSoftmax):
-        return False
-    if source == "timm.models.nfnet":
-        return type(module).__name__ == "GammaAct"  # an activation times a constant
-    return source == "torch.nn.modules.activation" or source.startswith("timm.layers.activations")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,49 +69,6 @@ class Trace:
         A filter of which only the convolution is silenced still emits ``β − γμ/σ`` through its BatchNorm.
         """
         return tuple(dict.fromkeys(norm or layer for norm in self.norms[layer]))
-
-
-def replica(model: nn.Module) -> nn.Module:
-    """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
-
-    The copy's parameters need no gradient, its activations are not in-place, its attentions show their parts (see
-    :class:`pxp.attention.Attention`), and the user's hooks come along.
-
-    Raises
-    ------
-    ValueError
-        A model with parametrised or torch-pruned weights, or one that cannot be copied.
-    """
-    memo: dict[int, object] = {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): _shared(b) for b in model.buffers()}
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_orig"):
-            raise ValueError(
-                f"the weights of {name!r} are computed from others; make them permanent first "
-                "(torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove)"
-            )
-        # tensors that the model or a hook keeps of an earlier pass cannot be copied otherwise
-        memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
-    try:
-        twin = copy.deepcopy(model, memo).eval()
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied, which explaining it needs: {error}") from error
-    for module in twin.modules():
-        if is_activation(module) and getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            for function, its_module in ((F.relu, nn.ReLU), (F.gelu, nn.GELU)):  # what activation="gelu" stands for
-                if module.activation is function:
-                    module.activation = its_module().eval()
-    return make_explicit(twin)
-
-
-def _shared(tensor: Tensor) -> Tensor:
-    """The same memory without history; a copy of what was made in inference mode, which no graph may hold."""
-    if not tensor.is_inference():
-        return tensor.detach()
-    with torch.inference_mode(False):
-        return tensor.clone()
 
 
 # A tensor as it is now; changed in place (by a residual sum) it is another one, though its id stays.
@@ -285,54 +224,65 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     )
 
 
-def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
-    """Merge each BatchNorm of a replica into the one layer before it: W' = W·γ/σ, b' = (b − μ)·γ/σ + β.
-
-    Explanation rules then see the affine map that the network really computes. A BatchNorm is left as it is when it
-    does not directly follow exactly one convolution or linear layer, as the only one that takes its output.
-
-    Raises
-    ------
-    ValueError
-        A BatchNorm without running statistics has no fixed affine map to merge.
-    """
-    modules = dict(twin.named_modules())
-    owners: dict[str, set[str]] = {}
-    for layer, norms in structure.norms.items():
-        for norm in norms:
-            owners.setdefault(norm, set()).add(layer)
-    for layer, norms in structure.norms.items():
-        name = norms[0]
-        if not name or len(norms) > 1 or len(owners[name]) > 1:
-            continue
-        linear, norm = modules[layer], modules[name]
-        if norm.running_mean is None:
-            raise ValueError(f"BatchNorm {name!r} has no running statistics, so its output depends on the batch")
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        bias = -norm.running_mean * scale if linear.bias is None else (linear.bias - norm.running_mean) * scale
-        if norm.bias is not None:
-            bias = bias + norm.bias
-        weight = linear.weight * scale.reshape(-1, *[1] * (linear.weight.ndim - 1))
-        linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        # timm's BatchNormAct2d also holds the dropout and activation that follow
-        parts = {part: getattr(norm, part, None) for part in ("drop", "act")}
-        rest = OrderedDict((part, found) for part, found in parts.items() if isinstance(found, nn.Module))
-        parent, _, child = name.rpartition(".")
-        stand_in = nn.Sequential(rest) if rest else nn.Identity()
-        copy_hooks(norm, stand_in)  # e.g. a mask that the user has put on the model
-        setattr(modules[parent], child, stand_in)
+def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
+    """Trace ``model`` on ``example``, or on zeros of the first usual shape that it accepts."""
+    return _first_that_works(model, example, lambda images: trace(model, images))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put ``model`` in evaluation mode; afterwards every module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def example_input(model: nn.Module, example: Tensor | None = None) -> Tensor:
+    """One input of a shape that ``model`` accepts: zeros, or the first of ``example``."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        replica(model)(images)
+        return images
+
+    return _first_that_works(model, example, run)
+
+
+def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[Tensor], T]) -> T:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    replica(model)  # what cannot be copied is an error of its own
+    if example is not None:
+        try:
+            return use(example[:1].to(reference))
+        except (RuntimeError, ValueError, AssertionError) as problem:
+            shape = tuple(example.shape)
+            raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
+    candidates = _input_shapes(model)
+    error: Exception | None = None
+    for shape in candidates:
+        try:
+            return use(torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
+        except (RuntimeError, ValueError, AssertionError) as problem:
+            error = problem
+    raise ValueError(
+        f"could not guess an input of {type(model).__name__} (tried {', '.join(map(str, candidates)) or 'nothing'}); "
+        "pass example=<one batch of inputs>"
+    ) from error
+
+
+def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    config = getattr(model, "default_cfg", None) or {}  # timm
+    shapes: list[tuple[int, ...]] = []
+    # torchvision's and timm's vision transformers take no other size
+    side = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(side, int | tuple):
+        height, width = side if isinstance(side, tuple) else (side, side)
+        shapes += [(channels, height, width) for channels in (3, 1)]
+    if isinstance(config.get("input_size"), tuple | list):
+        shapes.append(tuple(config["input_size"]))
+    first = next((m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        shapes.append((first.in_features,))
+        # an image that is flattened first
+        for channels in (1, 3):
+            side = round((first.in_features / channels) ** 0.5)
+            if channels * side**2 == first.in_features:
+                shapes.append((channels, side, side))
+    elif first is not None:
+        dims = len(first.kernel_size)
+        shapes += [(first.in_channels, *[side] * dims) for side in ((224, 64, 32, 28) if dims < 3 else (32, 64))]
+    return shapes

@@ -1,0 +1,1 @@
+"""From a mask to a network that really is smaller and computes the same."""
