@@ -5,6 +5,7 @@ The names below follow the data flow: model and reference images â†’ attribute â
 
 from . import plots
 from .attribute import attribute, heatmap
+from .budget import latencies, within_budget
 from .compaction.compact import compact, load_compact, save_compact
 from .cost import Cost, compare_costs, cost
 from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
@@ -23,7 +24,7 @@ from .search.studies import load_study, save_study, tuned_curve, winner
 from .search.tune import tune
 from .statistics import Comparison
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CPLRP",
@@ -58,6 +59,7 @@ __all__ = [
     "find_components",
     "finetune",
     "heatmap",
+    "latencies",
     "load_compact",
     "load_curves",
     "load_dataset",
@@ -76,4 +78,5 @@ __all__ = [
     "tune",
     "tuned_curve",
     "winner",
+    "within_budget",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +15,107 @@ from .masks import Mask
 from .network.components import Components, reader_of
 from .network.replica import evaluating, replica
 from .network.trace import example_input
-from .scores import guarded, per_cost
+from .scores import Scores, guarded, per_cost, prices_of
 
 STEP = 0.05  # share of the components' cost that goes before relevance per cost is ranked anew
 NOTHING = 1e-9
+
+
+def within_budget(
+    scores: Scores,
+    *,
+    model: nn.Module | None = None,
+    flops: float | None = None,
+    parameters: float | None = None,
+    latency: float | None = None,
+    by: str = "magnitude",
+    order: str = "least",
+    scope: str = "global",
+    min_keep: int = 0,
+    cost: str | Mapping[str, float] | None = None,
+    example: Tensor | None = None,
+) -> Mask:
+    """Prune as little as it takes until the network that :func:`pxp.compact` makes costs no more than it may.
+
+    Parameters
+    ----------
+    scores : Scores
+    model : nn.Module, optional
+        By default the one that the components were found in.
+    flops, parameters, latency : float
+        Give one: the share of the model's operations, of its parameters, or of its measured seconds that may be left,
+        in [0, 1].
+    by, order, scope, min_keep
+        As for :meth:`pxp.Scores.select`.
+    cost : {"parameters", "flops", "latency"} or mapping of str to float, optional
+        Rank by score per cost, as for :meth:`pxp.Scores.select`; ``"latency"`` is measured by :func:`pxp.latencies`.
+        Costs are updated as neighbours go: a filter, a neuron or an MLP output costs less by its lost inputs, a neuron
+        also by the lost outputs of the layer that reads it.
+    example : Tensor, optional
+        As for :func:`pxp.compact`; the batch that operations are counted and seconds measured on.
+
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ValueError
+        None or several of the budgets; one outside [0, 1] or out of reach; ``cost`` with ``scope="layer"``; the model
+        is needed and gone; as :meth:`pxp.Scores.select` and :func:`pxp.compact`.
+
+    Examples
+    --------
+    >>> mask = pxp.within_budget(scores, model=model, flops=0.5)  # doctest: +SKIP
+    """
+    shares = {"flops": flops, "parameters": parameters, "latency": latency}
+    given = {name: share for name, share in shares.items() if share is not None}
+    if len(given) != 1:
+        raise ValueError("give exactly one of flops, parameters and latency")
+    ((quantity, share),) = given.items()
+    if not 0 <= share <= 1:
+        raise ValueError(f"{quantity} must be in [0, 1], got {share}")
+    if cost is not None and scope == "layer":
+        raise ValueError('score per cost ranks across layers; use scope="global"')
+    model, units = scores.units.need_model(model), scores.units
+    options: dict[str, Any] = {"by": by, "order": order, "scope": scope, "min_keep": min_keep}
+    price = prices_of(units, latencies(model, units, example) if cost == "latency" else cost)
+    scores.select(0.0, **options)  # a wrong value is an error before the work
+    budget = Budget(model, quantity, share, example)
+    if cost is not None:
+        return budget.per_cost(scores if by == "magnitude" else scores.signed, units, price, order, min_keep)
+    number = units.total if scope == "global" else max(layer.size for layer in units.values())
+    return budget.along(lambda step: scores.select(step / number, **options), number)
+
+
+def latencies(model: nn.Module, units: Components, example: Tensor | None = None) -> dict[str, float]:
+    """Measured seconds of each layer of components with all that runs inside it, divided by its size.
+
+    Parameters
+    ----------
+    model : nn.Module
+    units : Components
+        Of ``model``.
+    example : Tensor, optional
+        The batch to measure on; default one input, found as by :func:`pxp.find_components`.
+
+    Returns
+    -------
+    dict of str to float
+        Seconds per component; what :meth:`pxp.Scores.select` takes as ``cost``.
+
+    Raises
+    ------
+    ValueError
+        Components of another model; an example that the model does not accept.
+    """
+    units.check(model)
+    seconds = layer_seconds(replica(model), _batch(model, example))
+    return {
+        # the fastest pass: what else the machine does must not decide what is pruned
+        name: sum(min(times) for inner, times in seconds.items() if f"{inner}.".startswith(f"{name}.")) / layer.size
+        for name, layer in units.items()
+    }
 
 
 class Budget:
@@ -46,7 +144,7 @@ class Budget:
             return sum(parameter.numel() for parameter in model.parameters())
         with evaluating(model), torch.inference_mode():
             if self.quantity == "latency":
-                # the fastest of many: what else the machine does must not decide what is pruned
+                # the fastest of many, for the same reason as above
                 return min(pass_seconds(model, self.images, 0.2))
             with FlopCounterMode(display=False) as counter:
                 model(self.images)
@@ -111,16 +209,6 @@ class Budget:
         return ValueError(
             f"{self.quantity}={self.share:g} cannot be reached: with all gone that may go, more than that is left"
         )
-
-
-def latencies(model: nn.Module, units: Components, example: Tensor | None = None) -> dict[str, float]:
-    """Measured seconds of each layer of components with all that runs inside it, divided by its size."""
-    seconds = layer_seconds(replica(model), _batch(model, example))
-    return {
-        # the fastest pass, for the same reason as above
-        name: sum(min(times) for inner, times in seconds.items() if f"{inner}.".startswith(f"{name}.")) / layer.size
-        for name, layer in units.items()
-    }
 
 
 def _batch(model: nn.Module, example: Tensor | None) -> Tensor:

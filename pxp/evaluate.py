@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
+from .budget import latencies
 from .data import Data, shipped_file
 from .scores import Scores
 from .statistics import Comparison, bootstrap, paired
@@ -198,7 +199,7 @@ def pruning_curve(
     order: str = "least",
     scope: str = "global",
     min_keep: int = 0,
-    cost: str | None = None,
+    cost: str | Mapping[str, float] | None = None,
     batch_size: int = 100,
     progress: bool = True,
 ) -> Curve:
@@ -216,7 +217,7 @@ def pruning_curve(
     classes : sequence of int, optional
         See :func:`accuracy`.
     by, order, scope, min_keep, cost
-        See :meth:`Scores.select`.
+        See :meth:`pxp.Scores.select`; ``cost="latency"`` is measured by :func:`pxp.latencies`.
     batch_size : int, default 100
         Small batches stay in the processor's cache.
     progress : bool, default True
@@ -235,7 +236,8 @@ def pruning_curve(
     if not several or not rates:
         raise ValueError("a pruning curve needs at least one Scores and one rate")
     settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
-    masks = [[one.select(rate, **settings) for rate in rates] for one in several]  # type: ignore[arg-type]
+    price = latencies(model, several[0].units) if cost == "latency" else cost
+    masks = [[one.select(rate, **{**settings, "cost": price}) for rate in rates] for one in several]  # type: ignore
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)  # runs share the unpruned network, and more
     with tqdm(desc="prune", unit="image", unit_scale=True, delay=5, leave=False, disable=not progress) as bar:
         runs = tuple(tuple(sweep.accuracies(row, bar.update)) for row in masks)

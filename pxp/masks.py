@@ -17,8 +17,8 @@ from .network.components import Components
 class ByLayer(Mapping[str, Tensor]):
     """A 1-D tensor per layer of components, in the order in which the layers run."""
 
-    def __init__(self, units: Components, tensors: Mapping[str, Tensor]) -> None:
-        what = type(self).__name__
+    def __init__(self, units: Components, tensors: Mapping[str, Tensor], what: str = "") -> None:
+        what = what or type(self).__name__
         if set(tensors) != set(units):
             odd = sorted(set(tensors) ^ set(units))
             raise ValueError(f"{what} and components name different layers: {', '.join(odd)}")

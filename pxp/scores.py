@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .files import load_tensors, save_tensors
 from .masks import ByLayer, Mask
@@ -43,7 +43,7 @@ class Scores(ByLayer):
         samples: int = 0,
     ) -> None:
         super().__init__(units, magnitude)
-        self.signed: Mapping[str, Tensor] = ByLayer(units, signed)
+        self.signed: Mapping[str, Tensor] = ByLayer(units, signed, "signed scores")
         self.criterion = criterion
         self.samples = samples
         broken = [n for n in self if not bool((self[n].isfinite() & self.signed[n].isfinite()).all())]
@@ -58,18 +58,16 @@ class Scores(ByLayer):
         rate: float | None = None,
         *,
         count: int | None = None,
-        flops: float | None = None,
-        parameters: float | None = None,
-        latency: float | None = None,
         by: str = "magnitude",
         order: str = "least",
         scope: str = "global",
         min_keep: int = 0,
-        cost: str | None = None,
-        model: nn.Module | None = None,
-        example: Tensor | None = None,
+        cost: str | Mapping[str, float] | None = None,
+        **unknown: Any,
     ) -> Mask:
-        """Choose the components to prune: give one of ``rate``, ``count`` and the three budgets.
+        """Choose the components to prune: give either ``rate`` or ``count``.
+
+        To prune until the network costs no more than it may, see :func:`pxp.within_budget`.
 
         Parameters
         ----------
@@ -77,9 +75,6 @@ class Scores(ByLayer):
             Fraction to prune, in [0, 1]; the number is rounded to the nearest integer.
         count : int
             Number to prune; with ``scope="layer"`` in every layer.
-        flops, parameters, latency : float
-            A budget: prune as little as it takes until the network that :func:`pxp.compact` makes has at most this
-            share of the model's operations, of its parameters, or of its measured seconds.
         by : {"magnitude", "signed"}
             ``"magnitude"``: relevance near zero goes first. ``"signed"``: the most negative goes first.
         order : {"least", "most"}
@@ -89,17 +84,13 @@ class Scores(ByLayer):
         min_keep : int, default 0
             Components that every layer keeps whatever the rate; prevents a dead layer. The rate is then not reached
             where too little is left to prune.
-        cost : {"parameters", "flops", "latency"}, optional
-            Rank by score per cost. This is how kinds of different size, such as heads and neurons, are pruned together.
-            Negative scores are multiplied by the cost instead: of two components that do equal harm, the one that
-            costs more goes first. Parameters and operations of a component are the attributes of
-            :class:`pxp.network.components.Layer`, latency is the measured time of its layer divided by the layer's size. With
-            ``rate``, as many are pruned as save this share of the whole cost (never more). With a budget, the costs
-            are updated as neighbours go: a filter, a neuron or an MLP output costs less by its lost inputs, a neuron
-            also by the lost outputs of the layer that reads it. Default: every component counts the same.
-        model, example : optional
-            For budgets and ``cost="latency"``: the model, by default the one that the components were found in; and a
-            batch of its inputs, as for :func:`pxp.compact`.
+        cost : {"parameters", "flops"} or mapping of str to float, optional
+            Rank by score per cost, and let ``rate`` be the share of the whole cost that is saved (never more). This is
+            how kinds of different size, such as heads and neurons, are pruned together. Negative scores are multiplied
+            by the cost instead: of two components that do equal harm, the one that costs more goes first. Parameters
+            and operations of a component are attributes of :class:`pxp.network.components.Layer`; a mapping gives the
+            cost of one component of each layer, such as the seconds of :func:`pxp.latencies`. Default: every component
+            counts the same.
 
         Returns
         -------
@@ -109,25 +100,30 @@ class Scores(ByLayer):
         Raises
         ------
         ValueError
-            A value that is not among the allowed ones; none or several of ``rate``, ``count`` and the budgets;
-            ``count`` with ``cost``; a budget per cost with ``scope="layer"``; components that cost nothing; a budget
-            that cannot be reached; the model is needed and gone; as :func:`pxp.compact`.
+            A value that is not among the allowed ones; none or both of ``rate`` and ``count``; ``count`` with
+            ``cost``; components that cost nothing; a cost that names other layers.
+        TypeError
+            A budget, which is another function's.
         """
+        if unknown:
+            name = next(iter(unknown))
+            if name in ("flops", "parameters", "latency", "model", "example"):
+                raise TypeError(
+                    f"select knows rates and counts, not {name}=; a budget is pxp.within_budget(scores, model=model, "
+                    "flops=0.5), also with parameters= or latency="
+                )
+            raise TypeError(f"select has no argument {name!r}")
         for name, value, allowed in (
-            ("cost", cost, (None, "parameters", "flops", "latency")),
             ("by", by, ("magnitude", "signed")),
             ("order", order, ("least", "most")),
             ("scope", scope, ("global", "layer")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        shares = {"rate": rate, "flops": flops, "parameters": parameters, "latency": latency}
-        given = {name: value for name, value in shares.items() if value is not None}
-        if len(given) + (count is not None) != 1:
-            raise ValueError("give exactly one of rate, count, flops, parameters and latency")
-        for quantity, share in given.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{quantity} must be in [0, 1], got {share}")
+        if (rate is None) == (count is None):
+            raise ValueError("give exactly one of rate and count")
+        if rate is not None and not 0 <= rate <= 1:
+            raise ValueError(f"rate must be in [0, 1], got {rate}")
         if count is not None and cost is not None:
             raise ValueError("count says how many, so a cost has no meaning beside it; give a rate")
         if count is not None and not 0 <= count <= self.units.total:
@@ -135,27 +131,8 @@ class Scores(ByLayer):
         if min_keep < 0:
             raise ValueError(f"min_keep must not be negative, got {min_keep}")
 
+        price = prices_of(self.units, cost)
         scores = self if by == "magnitude" else self.signed
-        price = {name: float(getattr(layer, cost or "", 1)) for name, layer in self.units.items()}
-        if cost == "latency":
-            from .budget import latencies
-
-            price = latencies(self.units.need_model(model), self.units, example)
-        if 0 in price.values():
-            raise ValueError(f"{cost} of these layers are unknown: {', '.join(n for n, p in price.items() if p == 0)}")
-        if "rate" not in given and count is None:
-            if cost is not None and scope == "layer":
-                raise ValueError('score per cost ranks across layers; use scope="global"')
-            from .budget import Budget  # it compacts, and compaction is by masks
-
-            ((quantity, share),) = given.items()
-            budget = Budget(self.units.need_model(model), quantity, share, example)
-            if cost is not None:
-                return budget.per_cost(scores, self.units, price, order, min_keep)
-            number = self.units.total if scope == "global" else max(layer.size for layer in self.units.values())
-            options: dict[str, Any] = {"by": by, "order": order, "scope": scope, "min_keep": min_keep}
-            return budget.along(lambda step: self.select(step / number, **options), number)
-
         keys = {name: per_cost(values, price[name]) for name, values in scores.items()}
         keys = {name: values if order == "least" else -values for name, values in keys.items()}
         groups = [list(keys)] if scope == "global" else [[name] for name in keys]
@@ -209,6 +186,27 @@ class Scores(ByLayer):
                 f"  {name:<{width}}  {len(values):4}  {values.median():9.3g}  {values.max():9.3g}  {negative:8.0%}"
             )
         return "\n".join(rows)
+
+
+def prices_of(units: Components, cost: str | Mapping[str, float] | None) -> dict[str, float]:
+    """What one component of each layer costs."""
+    if isinstance(cost, Mapping):
+        if set(cost) != set(units):
+            raise ValueError(f"cost and components name different layers: {', '.join(sorted(set(cost) ^ set(units)))}")
+        found = {name: float(cost[name]) for name in units}
+    elif cost in (None, "parameters", "flops"):
+        found = {name: float(getattr(layer, cost or "", 1)) for name, layer in units.items()}
+    else:
+        raise ValueError(
+            "cost must be one of None, 'parameters', 'flops' or a cost per layer, such as pxp.latencies(model, units), "
+            f"got {cost!r}"
+        )
+    unknown = [name for name, price in found.items() if not price > 0]
+    if unknown:
+        raise ValueError(
+            f"{cost if isinstance(cost, str) else 'costs'} of these layers are unknown: {', '.join(unknown)}"
+        )
+    return found
 
 
 def per_cost(scores: Tensor, price: float | Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def left(model, mask, quantity):
 @pytest.mark.parametrize("name", ["vgg", "resnet", "vit"])
 def test_a_budget_prunes_no_more_than_it_takes(networks, name, quantity):
     model, scores = networks[name]
-    mask = scores.select(**{quantity: 0.5})
+    mask = pxp.within_budget(scores, **{quantity: 0.5})
     assert left(model, mask, quantity) <= 0.5
     fewer = scores.select(count=mask.units.total - mask.kept - 1)
     assert fewer.kept == mask.kept + 1 and left(model, fewer, quantity) > 0.5
@@ -44,20 +44,20 @@ def test_a_budget_prunes_no_more_than_it_takes(networks, name, quantity):
 
 def test_options_hold_for_budgets(networks):
     model, scores = networks["resnet"]
-    mask = scores.select(flops=0.4, scope="layer", min_keep=3, order="most", by="signed")
+    mask = pxp.within_budget(scores, flops=0.4, scope="layer", min_keep=3, order="most", by="signed")
     assert left(model, mask, "flops") <= 0.4 and min(int(kept.sum()) for kept in mask.values()) >= 3
     rates = [float((~kept).double().mean()) for kept in mask.values()]
     assert max(rates) - min(rates) < 0.05
-    assert scores.select(flops=1.0).kept == mask.units.total
-    assert left(model, scores.select(parameters=0.9, model=model), "parameters") <= 0.9
+    assert pxp.within_budget(scores, flops=1.0).kept == mask.units.total
+    assert left(model, pxp.within_budget(scores, parameters=0.9, model=model), "parameters") <= 0.9
 
 
 @pytest.mark.parametrize("cost", ["flops", "parameters", "latency"])
 def test_score_per_cost_to_a_budget(networks, cost):
     model, scores = networks["vgg"]
-    mask = scores.select(flops=0.5, cost=cost, min_keep=2, **SHAPE)
+    mask = pxp.within_budget(scores, flops=0.5, cost=cost, min_keep=2, **SHAPE)
     assert 0.45 < left(model, mask, "flops") <= 0.5 and min(int(kept.sum()) for kept in mask.values()) >= 2
-    assert any(not torch.equal(mask[name], scores.select(flops=0.5)[name]) for name in mask)
+    assert any(not torch.equal(mask[name], pxp.within_budget(scores, flops=0.5)[name]) for name in mask)
 
 
 def test_cost_per_filter_falls_as_its_inputs_go():
@@ -71,7 +71,7 @@ def test_cost_per_filter_falls_as_its_inputs_go():
     values = {"0": torch.tensor([0, 0, 0, 0, 1.1, 1.1, 1.1, 1.1]), "2": torch.ones(8)}
     scores = pxp.Scores(units, values, values)
     target = Budget(model, "parameters", 0.55, example)
-    mask = scores.select(parameters=0.55, cost="parameters", example=example)
+    mask = pxp.within_budget(scores, parameters=0.55, cost="parameters", example=example)
     assert target.fits(mask) and mask["0"].sum() < 4
     # with prices as they were at first, 1.0 would go before 1.1
     static = scores.select(0.5, cost="parameters")
@@ -135,7 +135,7 @@ def test_the_price_of_a_neuron_falls_as_its_neighbours_go():
     values["0"][:2] = 5.0
     values["2"] = torch.full((16,), 0.9)
     scores = pxp.Scores(units, values, values)
-    mask, static = scores.select(parameters=0.6, cost="parameters"), scores.select(0.45, cost="parameters")
+    mask, static = pxp.within_budget(scores, parameters=0.6, cost="parameters"), scores.select(0.45, cost="parameters")
     assert mask["0"].sum() == 2 and mask["2"].all()  # ... the dearer goes first
     assert static["0"].sum() == 2 and not static["2"].all()
 
@@ -161,7 +161,7 @@ def test_harm_is_multiplied_by_the_cost(order):
         rate = sum(units[name].flops * len(each) for name, each in wanted.items()) / total
         mask = scores.select(rate, by="signed", order=order, cost="flops")
         assert {name: set(torch.where(~kept)[0].tolist()) for name, kept in mask.items()} == wanted, number
-    mask = scores.select(flops=0.75, by="signed", order=order, cost="flops", example=example)
+    mask = pxp.within_budget(scores, flops=0.75, by="signed", order=order, cost="flops", example=example)
     assert mask["2"][:2].all() == (order == "most") and mask["0"][2:].all() == (order == "least")
 
 
@@ -170,19 +170,19 @@ def test_a_cost_that_is_unknown_is_an_error_with_a_budget_too(networks):
     unknown = pxp.Components("filter", [replace(layer, flops=0) for layer in units.values()], units.trace)
     scores = pxp.Scores(unknown, dict(networks["vgg"][1]), dict(networks["vgg"][1]))
     with pytest.raises(ValueError, match=r"flops of these layers are unknown: features\.0"):
-        scores.select(parameters=0.5, cost="flops", model=networks["vgg"][0])
+        pxp.within_budget(scores, parameters=0.5, cost="flops", model=networks["vgg"][0])
 
 
 def test_latency(networks):
     model, scores = networks["vgg"]
     seconds = latencies(model, scores.units, SHAPE["example"])
     assert set(seconds) == set(scores) and all(0 < value < 1 for value in seconds.values())
-    mask = scores.select(0.5, cost="latency", **SHAPE)
+    mask = scores.select(0.5, cost=seconds)
     saved = sum(seconds[name] * int((~kept).sum()) for name, kept in mask.items())
     assert 0 < saved < sum(seconds[name] * len(kept) for name, kept in mask.items())
     assert mask.kept < scores.units.total
     images = torch.rand(32, 1, 28, 28)
-    mask = scores.select(latency=0.6, example=images)
+    mask = pxp.within_budget(scores, latency=0.6, example=images)
     assert 0.1 < left(model, mask, "flops") < 1
 
 
@@ -192,23 +192,55 @@ def test_heads_and_neurons_have_a_latency(networks):
 
 
 def test_errors(networks):
-    scores = networks["vgg"][1]
-    for given in ({}, {"rate": 0.5, "flops": 0.5}, {"flops": 0.5, "latency": 0.5}, {"count": 3, "parameters": 0.1}):
-        with pytest.raises(ValueError, match="give exactly one of rate, count, flops, parameters and latency"):
-            scores.select(**given)
+    _model, scores = networks["vgg"]
+    for given in ({}, {"flops": 0.5, "latency": 0.5}):
+        with pytest.raises(ValueError, match="give exactly one of flops, parameters and latency"):
+            pxp.within_budget(scores, **given)
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"flops must be in \[0, 1\], got"):
-            scores.select(flops=value)
+            pxp.within_budget(scores, flops=value)
     with pytest.raises(ValueError, match=r"parameters=0\.001 cannot be reached"):
-        scores.select(parameters=0.001, min_keep=4)
+        pxp.within_budget(scores, parameters=0.001, min_keep=4)
     with pytest.raises(ValueError, match=r"flops=0 cannot be reached"):
-        scores.select(flops=0.0, min_keep=1, cost="flops")
+        pxp.within_budget(scores, flops=0.0, min_keep=1, cost="flops")
     with pytest.raises(ValueError, match='score per cost ranks across layers; use scope="global"'):
-        scores.select(flops=0.5, cost="flops", scope="layer")
+        pxp.within_budget(scores, flops=0.5, cost="flops", scope="layer")
+    with pytest.raises(ValueError, match="by must be one of 'magnitude', 'signed', got 'size'"):
+        pxp.within_budget(scores, flops=0.5, by="size", cost="flops")
     with pytest.raises(ValueError, match="these components are of another model"):
-        scores.select(flops=0.5, model=networks["vit"][0])
+        pxp.within_budget(scores, flops=0.5, model=networks["vit"][0])
     with pytest.raises(ValueError, match="does not accept images of shape"):
-        scores.select(flops=0.5, example=torch.rand(1, 3, 28, 28))
+        pxp.within_budget(scores, flops=0.5, example=torch.rand(1, 3, 28, 28))
+    with pytest.raises(ValueError, match="these components are of another model"):
+        pxp.latencies(networks["vit"][0], scores.units)
+
+
+@pytest.mark.parametrize("name", ["flops", "parameters", "latency", "model"])
+def test_select_names_the_function_for_budgets(networks, name):
+    with pytest.raises(
+        TypeError, match=rf"not {name}=; a budget is pxp\.within_budget\(scores, model=model, flops=0\.5\)"
+    ):
+        networks["vgg"][1].select(**{name: 0.5})
+    with pytest.raises(TypeError, match="select has no argument 'rates'"):
+        networks["vgg"][1].select(rates=0.5)
+
+
+def test_costs_of_ones_own(networks):
+    model, scores = networks["vgg"]
+    names = list(scores)
+    dear = {name: 1e6 if name == names[2] else 1.0 for name in names}
+    mask = scores.select(0.5, cost=dear)  # half of the cost is half of the dear layer
+    assert [name for name, kept in mask.items() if not kept.all()] == [names[2]]
+    with pytest.raises(ValueError, match="cost and components name different layers: elsewhere"):
+        scores.select(0.5, cost={**dear, "elsewhere": 1.0})
+    with pytest.raises(ValueError, match=rf"costs of these layers are unknown: {names[0]}"):
+        scores.select(0.5, cost={**dear, names[0]: float("nan")})
+    with pytest.raises(ValueError, match=r"or a cost per layer, such as pxp\.latencies\(model, units\), got 'latency'"):
+        scores.select(0.5, cost="latency")
+    curve = pxp.pruning_curve(
+        model, scores, (torch.rand(4, 1, 28, 28), torch.arange(4)), rates=[0, 0.5], cost="latency"
+    )
+    assert curve.settings["cost"] == "latency"
 
 
 def test_the_model_is_remembered_but_not_held(tmp_path):
@@ -220,7 +252,10 @@ def test_the_model_is_remembered_but_not_held(tmp_path):
     scores.save(tmp_path / "scores.safetensors")
     read = pxp.Scores.load(tmp_path / "scores.safetensors")
     with pytest.raises(ValueError, match="the model that these components were found in is gone; give model="):
-        read.select(flops=0.5)
-    assert torch.equal(read.select(flops=0.7, model=model)["features.0"], scores.select(flops=0.7)["features.0"])
+        pxp.within_budget(read, flops=0.5)
+    assert torch.equal(
+        pxp.within_budget(read, flops=0.7, model=model)["features.0"],
+        pxp.within_budget(scores, flops=0.7)["features.0"],
+    )
     del model
     assert units.model is None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attribute import Criterion, attribute
-from ..budget import Budget
+from ..budget import Budget, latencies
 from ..criteria import Taylor
 from ..data import Data
 from ..evaluate import RATES
@@ -111,6 +111,7 @@ class _Trials:
         self.measured = sorted({rate for objective in objectives for rate in objective.rates(rates)})
         self._scores: dict[str, Scores] = {}
         self._budget: Budget | None = None
+        self._latencies: dict[str, float] | None = None
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
         import optuna
@@ -131,6 +132,8 @@ class _Trials:
         except ValueError as problem:
             trial.set_user_attr("reason", str(problem))
             raise _NoRanking(str(problem)) from problem
+        if options.get("cost") == "latency":
+            options = {**options, "cost": self.latencies()}
         masks = {rate: scores.select(rate, **options) for rate in self.measured}
         attributed = time.perf_counter()
         curve: dict[float, float] = {}
@@ -193,6 +196,12 @@ class _Trials:
             return found
         return Scores(self.units, found.signed, found.signed, criterion=repr(criterion), samples=found.samples)
 
+    def latencies(self) -> dict[str, float]:
+        """Measured once: trials with the same setting must choose the same masks."""
+        if self._latencies is None:
+            self._latencies = latencies(self.model, self.units, self.batch)
+        return self._latencies
+
     def latency_left(self, mask: Mask) -> float:
         """Seconds of the smaller network relative to the model's, on one batch."""
         if self._budget is None:
@@ -238,8 +247,8 @@ def tune(
     n_trials : int or None, default 100
         Trials of the whole study, over all workers and earlier calls; None: no limit but ``timeout`` or the grid's end.
     space : {"paper", "extended"}, mapping, SearchSpace or callable
-        See :func:`pxp.search_space`; a mapping as for :class:`pxp.search.space.SearchSpace`; or a function that takes an
-        ``optuna.Trial`` and returns such a setting, any criterion, or (criterion, options of ``select``).
+        See :func:`pxp.search_space`; a mapping as for :class:`pxp.search.space.SearchSpace`; or a function that takes
+        an ``optuna.Trial`` and returns such a setting, any criterion, or (criterion, options of ``select``).
     objective : str or sequence of str
         ``"a_pr"``; ``"accuracy@0.5"``, the accuracy at one rate; ``"flops@0.95"``, ``"parameters@0.95"``, the share
         of the components' cost that the highest rate saves which keeps 95 % of the accuracy. Several are maximised
