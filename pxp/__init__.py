@@ -8,7 +8,7 @@ from .attribute import attribute, heatmap
 from .budget import latencies, within_budget
 from .compaction.compact import compact, load_compact, save_compact
 from .cost import Cost, compare_costs, cost
-from .criteria import Activation, IntegratedGradients, Magnitude, Random, Taylor
+from .criteria import Activation, Criterion, IntegratedGradients, Magnitude, Random, Taylor
 from .data import load_dataset, reference_samples
 from .evaluate import Curve, accuracy, compare, load_curves, pruning_curve, save_curves
 from .lrp.composites import LRP, depth_groups
@@ -35,6 +35,7 @@ __all__ = [
     "Comparison",
     "Components",
     "Cost",
+    "Criterion",
     "Curve",
     "Epsilon",
     "Flat",

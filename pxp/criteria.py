@@ -1,14 +1,54 @@
-"""The criteria that LRP is compared with. Like :class:`pxp.LRP`, they only state what is computed."""
+"""Criteria: what a component is worth. Each is a small object with one method; a criterion of your own is another."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .lrp.composites import check_absolute, check_start
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .probe import Probe
+
+STARTS = ("logit", "one", "margin", "loss")
+ABSOLUTE = ("token", "sample", "never")
+
+
+class Criterion(ABC):
+    """What a component is worth; the base of all criteria.
+
+    Attributes
+    ----------
+    absolute : {"token", "sample", "never"}, default "token"
+        Where ``scores`` take the absolute value of what :meth:`values` gives: of every token's value, of a sample's sum
+        over tokens, or nowhere.
+    """
+
+    absolute: str = "token"
+
+    @abstractmethod
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        """Give, batch by batch, the value of every component for every sample.
+
+        Parameters
+        ----------
+        probe : pxp.probe.Probe
+            The model, ready to be asked: for reference samples, activations, gradients, weights.
+
+        Yields
+        ------
+        dict of str to Tensor
+            Layer → (samples, tokens, components), for every layer of ``probe.units``. :func:`pxp.attribute` sums over
+            tokens and takes the mean over samples. What looks at no sample yields once, with one sample.
+        """
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Criterion):
     r"""First-order Taylor expansion: activation × gradient (Molchanov et al. 2017).
 
     On a ReLU network this is LRP-0 with another start.
@@ -29,9 +69,13 @@ class Taylor:
         check_start(self.start)
         check_absolute(self.absolute)
 
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        for images, labels in probe.batches():
+            yield probe.relevance(images, labels, start=self.start)
+
 
 @dataclass(frozen=True)
-class IntegratedGradients:
+class IntegratedGradients(Criterion):
     """Gradients at the component, averaged over images on the way from black to the image (Sundararajan et al. 2017).
 
     Parameters
@@ -54,18 +98,64 @@ class IntegratedGradients:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        for images, labels in probe.batches():
+            yield self._of_batch(probe, images, labels)
+
+    def _of_batch(self, probe: Probe, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        # a layer that runs several times has a gradient and an activation for each of its calls
+        flows: dict[tuple[str, int], Tensor] = {}
+        ends: dict[tuple[str, int], Tensor] = {}
+        starts: dict[str, list[Tensor]] = {}
+        calls: Counter[str] = Counter()
+
+        def note(name: str, output: Tensor, flow: Tensor) -> None:
+            key = name, calls[name]
+            calls[name] += 1
+            flows[key] = flows[key] + flow if key in flows else flow.clone()
+            ends[key] = output
+
+        for step in range(1, self.steps + 1):
+            calls.clear()
+            probe.backward(images * (step / self.steps), labels, note, start=self.start, exact=True)
+        if not self.influence:
+            black = torch.zeros_like(images[:1])
+            probe.forward(black, lambda name, output: starts.setdefault(name, []).append(output.clone()))
+        found: dict[str, Tensor] = {}
+        for (name, call), flow in flows.items():
+            # the backward pass visits the calls of a shared layer in reverse order
+            change = 1.0 if self.influence else ends[name, call] - starts[name][-1 - call]
+            value = probe.per_component(name, flow * change / self.steps)
+            found[name] = found[name] + value if name in found else value
+        return probe.completed(found, labels)
+
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(Criterion):
     """Mean activation over space and samples, after the non-linearity that follows (Molchanov et al. 2017).
 
     Where no activation module directly takes the output (before a residual sum), the output itself. Of an attention
     head, whose channels have no preferred sign, the mean absolute output.
     """
 
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        for images, _ in probe.batches():
+            found: dict[str, Tensor] = {}
+
+            def note(name: str, output: Tensor, found: dict[str, Tensor] = found) -> None:
+                layer = probe.units[name]
+                if layer.activation is not None:
+                    output = probe.network.get_submodule(layer.activation).forward(output)
+                value = probe.per_component(name, output.abs() if layer.kind == "head" else output)
+                elements = output.numel() / (value.shape[0] * value.shape[2])
+                found[name] = found.get(name, 0) + value / elements
+
+            probe.forward(images, note)
+            yield found
+
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Criterion):
     """L2 norm of a component's incoming weights; looks at no image (Li et al. 2017, with L1).
 
     Of an attention head: of its query, key, value and output weights together.
@@ -78,9 +168,12 @@ class Magnitude:
 
     folded: bool = True
 
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        yield {name: weight.norm(dim=1)[None, None] for name, weight in probe.weights(folded=self.folded).items()}
+
 
 @dataclass(frozen=True)
-class Random:
+class Random(Criterion):
     """Uniform random scores, the chance level.
 
     Parameters
@@ -89,3 +182,22 @@ class Random:
     """
 
     seed: int = 0
+
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        yield {
+            name: torch.rand(layer.size, generator=generator, dtype=torch.float64)[None, None]
+            for name, layer in probe.units.items()
+        }
+
+
+def check_start(start: str) -> None:
+    """Raise ValueError unless ``start`` is one of the known ones."""
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r}; allowed: {', '.join(map(repr, STARTS))}")
+
+
+def check_absolute(absolute: str) -> None:
+    """Raise ValueError unless ``absolute`` is one of the known ways."""
+    if absolute not in ABSOLUTE:
+        raise ValueError(f"absolute must be one of {', '.join(map(repr, ABSOLUTE))}, got {absolute!r}")

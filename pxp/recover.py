@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from zennit.core import Composite
 
-from .attribute import Criterion, attribute
-from .criteria import Magnitude, Random
+from .attribute import attribute
+from .criteria import Criterion
 from .data import Data
 from .masks import Mask, masked
 from .network.components import Components
@@ -30,7 +31,7 @@ def prune_gradually(
     model: nn.Module,
     refs: Data,
     units: Components,
-    criterion: Criterion,
+    criterion: Criterion | Composite,
     rate: float,
     *,
     steps: int = 5,
@@ -91,7 +92,7 @@ def prune_gradually(
         fixed = {name: torch.where(mask[name], values, lowest) for name, values in chosen.items()}
         once = Scores(units, fixed, fixed, criterion=scores.criterion, samples=scores.samples)
         mask = once.select(rate * step / steps, min_keep=min_keep)
-        if isinstance(criterion, Magnitude | Random):  # they do not look at the network's state
+        if scores.samples == 0:  # such a criterion does not look at the network's state
             return once.select(rate, min_keep=min_keep)
         if state is not None:
             _save(state, about, step, {"kept": dict(mask)})

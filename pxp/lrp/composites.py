@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
+from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
 from ..network.layers import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, is_activation, is_normalisation
 from ..network.replica import replica
@@ -18,9 +20,10 @@ from .passes import Constant, Half, Identity, Normalisation
 from .rules import Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
+if TYPE_CHECKING:
+    from ..probe import Probe
+
 GROUPS = ("low", "middle", "high", "fc")
-STARTS = ("logit", "one", "margin", "loss")
-ABSOLUTE = ("token", "sample", "never")
 
 
 def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
@@ -105,7 +108,7 @@ class LayerComposite(Composite):
 
 
 @dataclass(frozen=True, init=False)
-class LRP:
+class LRP(Criterion):
     """Layer-wise relevance propagation with one rule per depth group.
 
     Parameters
@@ -219,6 +222,11 @@ class LRP:
             if rule is not None
         }
 
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        with probe.rules(self.composite(probe.model, probe.structure)):
+            for images, labels in probe.batches():
+                yield probe.relevance(images, labels, start=self.start, steps=self.path_steps)
+
     def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
         """The zennit composite for one model; its ``repr`` shows which rule each layer got.
 
@@ -297,15 +305,3 @@ class LRP:
         parts += [f"softmax={self.softmax!r}"] if self.softmax != "attnlrp" else []
         parts += [f"absolute={self.absolute!r}"] if self.absolute != "token" else []
         return f"LRP({', '.join(parts)})"
-
-
-def check_start(start: str) -> None:
-    """Raise ValueError unless ``start`` is one of the known ones."""
-    if start not in STARTS:
-        raise ValueError(f"unknown start {start!r}; allowed: {', '.join(map(repr, STARTS))}")
-
-
-def check_absolute(absolute: str) -> None:
-    """Raise ValueError unless ``absolute`` is one of the known ways."""
-    if absolute not in ABSOLUTE:
-        raise ValueError(f"absolute must be one of {', '.join(map(repr, ABSOLUTE))}, got {absolute!r}")

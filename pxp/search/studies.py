@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attribute import Criterion, attribute
+from ..attribute import attribute
+from ..criteria import Criterion
 from ..data import Data, batches, shipped_file
 from ..evaluate import Curve, pruning_curve
 from ..network.components import Components

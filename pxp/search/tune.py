@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from zennit.core import Composite
 
-from ..attribute import Criterion, attribute
+from ..attribute import attribute
 from ..budget import Budget, latencies
-from ..criteria import Taylor
+from ..criteria import Criterion, Taylor
 from ..data import Data
 from ..evaluate import RATES
 from ..lrp.composites import LRP
@@ -184,10 +185,11 @@ class _Trials:
             raise optuna.TrialPruned()
         return twin.values[0] if len(twin.values) == 1 else tuple(twin.values)
 
-    def scores(self, criterion: Criterion) -> Scores:
+    def scores(self, criterion: Criterion | Composite) -> Scores:
         """Attribute once per criterion; absolute and signed scores come from the same pass."""
-        signed = isinstance(criterion, LRP | Taylor) and criterion.absolute == "never"
-        both = dataclasses.replace(criterion, absolute="token") if signed else criterion
+        signed, both = False, criterion
+        if isinstance(criterion, LRP | Taylor) and criterion.absolute == "never":
+            signed, both = True, dataclasses.replace(criterion, absolute="token")
         key = repr(both)
         if key not in self._scores:
             self._scores[key] = attribute(self.model, self.refs, self.units, both, progress=False)

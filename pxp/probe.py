@@ -1,0 +1,338 @@
+"""What a criterion may ask of a model: samples, activations, gradients and weights, all from a private replica."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from zennit.core import Composite
+
+from .data import Data, batches
+from .network.components import Components, Layer
+from .network.fold import fold_batch_norm
+from .network.replica import replica
+from .network.trace import Trace
+
+
+class NoComponents(TypeError):
+    """A criterion that ranks components was asked to explain an input."""
+
+
+class Probe:
+    """A model that is ready for one criterion; the user's model is never touched.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The user's model.
+    structure : Trace
+        What runs in which order.
+    network : nn.Module
+        A replica in evaluation mode whose BatchNorms are merged; its layers have the names of the model's.
+    samples : int
+        How many reference samples were read so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Trace,
+        units: Components | None,
+        refs: Data,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.structure = model, structure
+        self.samples = 0
+        self._units, self._refs, self._batch_size, self._progress = units, refs, batch_size, progress
+
+    @property
+    def units(self) -> Components:
+        """The components to score."""
+        if self._units is None:
+            raise NoComponents("it asks for components, and an input has none")
+        return self._units
+
+    @cached_property
+    def network(self) -> nn.Module:
+        twin = replica(self.model)
+        fold_batch_norm(twin, self.structure)
+        return twin
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Reference samples, checked, on the model's device and in its dtype: (images, labels) at a time."""
+        parts = batches(self._refs, self._batch_size)
+        options = {"delay": 5, "leave": False, "disable": not self._progress}
+        for images, labels in tqdm(parts, desc="attribute", unit="batch", **options):
+            images, labels = checked(self.model, images, labels)
+            yield images, labels
+            self.samples += len(labels)
+
+    def rules(self, composite: Composite):
+        """A context in which a composite's rules are in place on :attr:`network`."""
+        return composite.context(self.network)
+
+    def weights(self, *, folded: bool = True) -> dict[str, Tensor]:
+        """Layer → (components, weights) that compute each component; of a head also those that read it.
+
+        With ``folded`` BatchNorm is merged into them.
+        """
+        units = self.units
+        modules = dict((self.network if folded else replica(self.model)).named_modules())
+        return {
+            name: modules[name].head_weights() if layer.kind == "head" else modules[name].weight.flatten(1)
+            for name, layer in units.items()
+        }
+
+    def forward(self, images: Tensor, note: Callable[[str, Tensor], None]) -> None:
+        """Run the network and call ``note(layer, output)`` whenever a component layer's output appears."""
+        modules = dict(self.network.named_modules())
+        handles = [
+            modules[site].register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+            for name, layer in self.units.items()
+            for site in layer.site
+        ]
+        try:
+            with torch.no_grad():
+                self.network(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def backward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        note: Callable[[str, Tensor, Tensor], None],
+        *,
+        start: str = "logit",
+        exact: bool = False,
+        carried: bool = False,
+    ) -> None:
+        """Run the network forwards and backwards, and call ``note(layer, output, flow)`` on the way back.
+
+        Parameters
+        ----------
+        images, labels : Tensor
+            From :meth:`batches`.
+        note : callable
+            ``flow`` is the gradient that arrives at the layer's ``output``, under the rules that are in place; a layer
+            that runs several times is told once for each time, the last one first.
+        start : {"logit", "one", "margin", "loss"}
+            What is differentiated, see :class:`pxp.LRP`; the sum over the batch.
+        exact : bool
+            False: where a ReLU follows, ``output`` may be the ReLU's. Nothing flows where the two differ.
+        carried : bool
+            The rules let relevance itself flow back, as zennit's do: every sample starts with its logit.
+        """
+        with reading(self.network, self.structure, self._units, note, exact=exact):
+            begin = self._start(images, labels, start, carried)
+            if begin.requires_grad:  # else no scored layer has any influence on it
+                begin.backward()
+
+    def relevance(
+        self, images: Tensor, labels: Tensor, *, start: str = "logit", steps: int = 1, carried: bool = False
+    ) -> dict[str, Tensor]:
+        """Activation × gradient of every component: layer → (samples, tokens, components).
+
+        Parameters
+        ----------
+        images, labels : Tensor
+            From :meth:`batches`.
+        start, carried
+            As for :meth:`backward`.
+        steps : int, default 1
+            Average over this many images on the straight way from black to the image.
+        """
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, output: Tensor, flow: Tensor) -> None:
+            value = self.per_component(name, flow, None if carried else output)
+            found[name] = found[name] + value if name in found else value
+
+        for step in range(1, steps + 1):
+            point = images if steps == 1 else images * (step / steps)
+            self.backward(point, labels, note, start=start, carried=carried)
+        return self.completed({name: value / steps for name, value in found.items()}, labels)
+
+    def per_component(self, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Sum the elements of a layer's output, times ``factor``, over each component: (samples, tokens, components).
+
+        (N, C, *space) is summed over space, (N, *tokens, channels) of heads over each head's channels.
+        """
+        layer = self.units[name]
+        if layer.kind != "filter":
+            elements = elements if factor is None else elements * factor
+            elements = elements.reshape(len(elements), -1, elements.shape[-1])
+            return elements.unflatten(-1, (layer.size, -1)).sum(-1) if layer.kind == "head" else elements
+        if factor is None:
+            return elements.flatten(2).sum(2).unsqueeze(1)
+        # a product of matrices, so that the product of the elements is never stored
+        return torch.matmul(elements.flatten(2).unsqueeze(2), factor.flatten(2).unsqueeze(3))[..., 0, 0].unsqueeze(1)
+
+    def completed(self, found: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """With zeros for every layer of which nothing depends on its output, as inside a constant gate."""
+        missing = [layer for name, layer in self.units.items() if name not in found]
+        return found | {e.name: torch.zeros(len(labels), 1, e.size, device=labels.device) for e in missing}
+
+    def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
+        """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
+        try:
+            logits = self.network(images)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
+        if int(labels.max()) >= logits.shape[1]:
+            raise ValueError(
+                f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
+                f"(0 to {logits.shape[1] - 1})"
+            )
+        target = logits.gather(1, labels[:, None]).squeeze(1)
+        if carried:
+            return (target * target.detach()).sum()
+        match start:
+            case "one":
+                return (target / target.detach()).sum()
+            case "margin":
+                others = logits.scatter(1, labels[:, None], -torch.inf)
+                return (target - others.amax(1)).sum()
+            case "loss":
+                return F.cross_entropy(logits, labels, reduction="sum")
+            case _:
+                return target.sum()
+
+
+class InputProbe(Probe):
+    """A probe whose only place is the input: every pixel counts by itself, under the name ``"input"``."""
+
+    def __init__(self, model: nn.Module, structure: Trace, refs: Data, batch_size: int) -> None:
+        super().__init__(model, structure, None, refs, batch_size)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in super().batches():
+            # a rule for the first layer may give relevance to black pixels, and x ⊙ g must be able to say so
+            tiny = torch.finfo(images.dtype).tiny ** (1 if images.dtype == torch.float16 else 0.25)
+            yield torch.where(images == 0, tiny, images), labels
+
+    def forward(self, images: Tensor, note: Callable[[str, Tensor], None]) -> None:
+        note("input", images)
+
+    def backward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        note: Callable[[str, Tensor, Tensor], None],
+        *,
+        start: str = "logit",
+        exact: bool = False,
+        carried: bool = False,
+    ) -> None:
+        point = images.detach().requires_grad_()
+        with reading(self.network, self.structure, None, None):
+            (flow,) = torch.autograd.grad(self._start(point, labels, start, carried), point)
+        note("input", point.detach(), flow)
+
+    def per_component(self, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
+        return elements if factor is None else elements * factor
+
+    def completed(self, found: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        return found
+
+
+def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Validate one batch and move it to the model's device and dtype."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a floating-point tensor, got {kind}")
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(
+            f"labels must be a 1-D tensor of class indices, got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if images.ndim < 2 or len(images) == 0:
+        raise ValueError(f"images must be a non-empty batch (samples, ...), got shape {tuple(images.shape)}")
+    if len(images) != len(labels):
+        raise ValueError(f"got {len(images)} images but {len(labels)} labels")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images contain NaN or infinite values")
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels must be class indices from 0, got {int(labels.min())}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
+    images = images.detach().to(parameter)
+    labels = labels.to(parameter.device).long()
+    # tensors made in inference mode cannot be part of a graph
+    return tuple(part.clone() if part.is_inference() else part for part in (images, labels))  # type: ignore[return-value]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def reading(
+    twin: nn.Module,
+    structure: Trace,
+    units: Components | None,
+    note: Callable[[str, Tensor, Tensor], None] | None,
+    *,
+    exact: bool = False,
+) -> Iterator[None]:
+    """Call ``note(layer, output, flow)`` in the backward pass; shield all layers' outputs from in-place operations.
+
+    ``flow`` is what arrives at the output before the layer's own rule rescales it. The graph starts at the first
+    component layers: nothing below them is differentiated. Where a ReLU follows, ``output`` is the ReLU's unless
+    ``exact``: nothing flows where the two differ, and the next layer holds it in memory anyway.
+    """
+    modules = dict(twin.named_modules())
+    rectified = {
+        name: activation
+        for name, activation in structure.activations.items()
+        if not exact and type(modules[activation]) is nn.ReLU and not _hooked(modules[activation])
+    }
+    waiting: dict[int, list[Tensor]] = {}
+
+    def hook(name: str, read: bool):
+        shield = name in structure.overwritten
+
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not read:
+                return output.clone() if shield and output.requires_grad else None
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            seen = output.clone() if shield else output.view_as(output)
+            value: list[Tensor] = []  # given up when read, so that memory falls during the backward pass
+            if name in rectified:
+                waiting[id(seen)] = value
+            else:
+                value.append(output.detach())
+            seen.register_hook(lambda flow: note(name, value.pop(), flow))  # type: ignore[misc]
+            return seen
+
+        return forward
+
+    def rectify(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        value = waiting.pop(id(inputs[0]), None)
+        if value is not None:
+            value.append(output.detach())
+
+    layers: Mapping[str, Layer] = units or {}
+    sites = {name: (structure.site(name), False) for name in structure.order if name not in layers}
+    sites |= {name: (layer.site, True) for name, layer in layers.items()}
+    handles = [
+        modules[site].register_forward_hook(hook(name, read)) for name, (where, read) in sites.items() for site in where
+    ]
+    handles += [modules[activation].register_forward_hook(rectify) for activation in set(rectified.values())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
