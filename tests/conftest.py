@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -244,3 +245,21 @@ def photographs(tmp_path):
             for i in range(6):
                 Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
     return tmp_path
+
+
+MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+def only(units: pxp.Components, name: str, index: int) -> pxp.Mask:
+    kept = {layer: torch.ones(each.size, dtype=torch.bool) for layer, each in units.items()}
+    kept[name][index] = False
+    return pxp.Mask(units, kept)
+
+
+def drawn(units: pxp.Components, rate: float, seed: int = 0) -> pxp.Mask:
+    generator = torch.Generator().manual_seed(seed)
+    return pxp.Mask(units, {n: torch.rand(layer.size, generator=generator) >= rate for n, layer in units.items()})
+
+
+def pruned(mask: pxp.Mask) -> set[tuple[str, int]]:
+    return {(name, i) for name, kept in mask.items() for i, keep in enumerate(kept.tolist()) if not keep}

@@ -8,8 +8,9 @@ import pytest
 import torch
 import zennit.composites
 import zennit.rules
+from by_hand import close, flows, sites, target_sum
+from by_zennit import TINY, zennit_relevance
 from conftest import Grouped, mlp, network, randomise, relative, same, snapshot
-from test_rules import TINY, zennit_relevance
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,37 +32,6 @@ CRITERIA = [
     pxp.Magnitude(),
     pxp.Random(3),
 ]
-
-
-def close(a: pxp.Scores, b: pxp.Scores, bound: float = 1e-10) -> bool:
-    return max(max(relative(a[k], b[k]), relative(a.signed[k], b.signed[k])) for k in b) < bound
-
-
-def flows(model: nn.Module, x: Tensor, labels: Tensor, sites: dict[str, str], value) -> tuple[dict, dict]:
-    """Plain autograd: outputs of the sites, and the gradient of ``value(logits, labels)`` there."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name):
-        # a copy, for an in-place ReLU may follow
-        return lambda module, inputs, output: outputs.setdefault(name, output).clone()
-
-    model = copy.deepcopy(model)
-    handles = [model.get_submodule(site).register_forward_hook(keep(name)) for name, site in sites.items()]
-    total = value(model(x), labels)
-    for handle in handles:
-        handle.remove()
-    return outputs, dict(zip(outputs, torch.autograd.grad(total, list(outputs.values())), strict=True))
-
-
-def sites(units: pxp.Components) -> dict[str, str]:
-    return {name: layer.site[0] for name, layer in units.items()}
-
-
-def target_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels[:, None]).sum()
-
-
-# --- sums and means ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
@@ -115,8 +85,6 @@ def test_neurons_take_the_absolute_value_per_token():
     assert relative(scores["0"], per_token.abs().sum(1).mean(0)) < 1e-12
 
 
-# --- criteria by hand --------------------------------------------------------------------------------------------
-
 STARTS = {
     "logit": target_sum,
     "one": lambda logits, labels: (
@@ -149,13 +117,6 @@ def test_starts(start):
         assert relative(gradients_of_path.signed[layer], gradients[layer].flatten(2).sum(2).mean(0)) < 1e-9
 
 
-def test_default_taylor_is_of_the_loss_and_differs_from_lrp():
-    model, x, labels, units = network("vgg")
-    taylor = pxp.attribute(model, (x, labels), units, pxp.Taylor())
-    assert close(taylor, pxp.attribute(model, (x, labels), units, pxp.LRP(pxp.Epsilon(0), start="loss")))
-    assert not close(taylor, pxp.attribute(model, (x, labels), units, pxp.LRP(pxp.Epsilon(0))), 1e-2)
-
-
 def test_starting_with_one_divides_by_the_logit():
     model, x, labels, units = network("resnet", samples=1)
     logit = float(model(x)[0, labels[0]].detach())
@@ -173,69 +134,6 @@ def test_path_steps_average_over_darker_images():
     heat = pxp.heatmap(model, x, labels, pxp.LRP("gamma", path_steps=4))
     by_hand = sum(pxp.heatmap(model, x * k / 4, labels, pxp.LRP("gamma")) for k in (1, 2, 3, 4)) / 4
     assert relative(heat, by_hand) < 1e-9
-
-
-@pytest.mark.parametrize("name", ["vgg", "resnet"])
-def test_integrated_gradients_by_hand(name):
-    model, x, labels, units = network(name, samples=4)
-    steps = 5
-    found = pxp.attribute(model, (x, labels), units, pxp.IntegratedGradients(steps))
-    influence = pxp.attribute(model, (x, labels), units, pxp.IntegratedGradients(steps, influence=True))
-    runs = [flows(model, x * k / steps, labels, sites(units), target_sum) for k in range(steps + 1)]
-    for layer in units:
-        gradient = sum(gradients[layer] for _, gradients in runs[1:]) / steps
-        change = (runs[-1][0][layer] - runs[0][0][layer]).detach()
-        per_sample = (gradient * change).flatten(2).sum(2)
-        assert relative(found.signed[layer], per_sample.mean(0)) < 1e-9
-        assert relative(found[layer], per_sample.abs().mean(0)) < 1e-9
-        per_sample = gradient.flatten(2).sum(2)
-        assert relative(influence.signed[layer], per_sample.mean(0)) < 1e-9
-        assert relative(influence[layer], per_sample.abs().mean(0)) < 1e-9
-
-
-def test_integrated_gradients_are_complete_at_the_input():
-    model, x, labels, _units = network("vgg")
-    heat = pxp.heatmap(model, x, labels, pxp.IntegratedGradients(steps=60))
-    logits = (model(x) - model(torch.zeros_like(x))).gather(1, labels[:, None])[:, 0].detach()
-    torch.testing.assert_close(heat.flatten(1).sum(1), logits, rtol=0.02, atol=0.02)
-
-
-def test_activation_by_hand():
-    for name in ("vgg", "resnet", "grouped"):
-        model, x, labels, units = network(name, samples=4)
-        scores = pxp.attribute(model, (x, labels), units, pxp.Activation())
-        outputs, _ = flows(model, x, labels, sites(units), target_sum)
-        for layer in units:
-            output = outputs[layer].detach()
-            output = output.relu() if units[layer].activation else output
-            assert relative(scores.signed[layer], output.mean((0, 2, 3))) < 1e-12
-            assert relative(scores[layer], output.mean((2, 3)).abs().mean(0)) < 1e-12
-    assert units["project"].activation is None and float(scores.signed["project"].min()) < 0
-
-
-def test_magnitude_by_hand():
-    model, _, _, units = network("vgg")
-    conv, norm = model.features[3], model.features[4]
-    raw = pxp.attribute(model, None, units, pxp.Magnitude(folded=False))
-    folded = pxp.attribute(model, None, units, pxp.Magnitude())
-    lengths = (conv.weight**2).sum((1, 2, 3)).sqrt().detach()
-    assert relative(raw["features.3"], lengths) < 1e-12
-    gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).abs().detach()
-    assert relative(folded["features.3"], lengths * gain) < 1e-12
-    assert raw.samples == 0 and torch.equal(raw["features.3"], raw.signed["features.3"])
-
-
-def test_random_is_uniform_and_seeded():
-    model, _, _, units = network("vgg")
-    state = torch.get_rng_state()
-    one, again, other = (pxp.attribute(model, None, units, pxp.Random(seed)) for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), state)
-    values, others = torch.cat(list(one.values())), torch.cat(list(other.values()))
-    assert torch.equal(values, torch.cat(list(again.values()))) and not torch.equal(values, others)
-    assert 0 <= float(values.min()) and float(values.max()) < 1 and abs(float(values.mean()) - 0.5) < 0.05
-
-
-# --- zennit composites as criteria -------------------------------------------------------------------------------
 
 
 def _zennit_like(gamma: float = 0.25):
@@ -287,9 +185,6 @@ def test_zennits_resnet_canonizer():
     )
     expected = pxp.attribute(model, (x, labels), units, pxp.LRP(pxp.ZPlus(epsilon=TINY)))
     assert close(pxp.attribute(model, (x, labels), units, composite), expected, 1e-8)
-
-
-# --- the model is left as it is ----------------------------------------------------------------------------------
 
 
 def _hook(*_):
@@ -561,9 +456,6 @@ def test_importing_patches_nothing():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-# --- heatmaps ----------------------------------------------------------------------------------------------------
-
-
 def test_heatmap_form():
     model, x, labels, _ = network("vgg")
     heat = pxp.heatmap(model, x.float(), labels)
@@ -622,8 +514,6 @@ def test_models_of_every_kind_are_left_alone(untouched):
         scores.units.check(model)
         pxp.LRP("gamma").composite(model, units.trace)
 
-
-# --- transformers: what is computed again in the backward pass ----------------------------------------------------
 
 RULES = [pxp.LRP(rule) for rule in ("epsilon", "gamma", "zplus", "alpha2beta1")] + [pxp.LRP(softmax="zplus")]
 

@@ -27,6 +27,8 @@ class Fixed(nn.Module):
 
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0], [0.0, 2.0, 5.0], [-3.0, -2.0, -1.0], [9.0, 0.0, 8.0], [1.0, 2.0, 3.0]])
+
+
 LABELS = torch.tensor([0, 1, 1, 2, 2])
 
 
@@ -56,9 +58,6 @@ def test_accuracy_keeps_the_models_state():
     with pytest.raises(KeyError, match="stop"):
         pxp.accuracy(model, (x, labels))
     assert same(before, snapshot(model))
-
-
-# --- the curve ---------------------------------------------------------------------------------------------------
 
 
 class SharedConv(nn.Module):
@@ -178,26 +177,6 @@ def test_top_pr_stops_at_the_first_fall():
     assert pxp.Curve((0.0, 0.1, 0.2, 0.3), ((1.0, 0.96, 0.5, 0.99),)).top_pr() == 0.1
 
 
-def test_intervals():
-    runs = tuple((0.5 + 0.1 * i, 0.2) for i in range(5))
-    curve = pxp.Curve((0.0, 0.5), runs)
-    low, high = curve.interval()
-    assert low.shape == high.shape == (2,)
-    assert low[0] < 0.7 < high[0] and low[0] >= 0.5 and high[0] <= 0.9
-    assert low[1] == pytest.approx(0.2) and high[1] == pytest.approx(0.2)
-    narrow = curve.interval(0.5)
-    assert narrow[0][0] > low[0] and narrow[1][0] < high[0]
-    again = curve.interval()
-    assert (low == again[0]).all() and (high == again[1]).all()
-    a, b = curve.a_pr_interval()
-    assert a < curve.a_pr < b
-    # the bootstrap distribution of the mean of two values is 1/4, 1/2, 1/4
-    two = pxp.Curve((0.0,), ((0.0,), (1.0,)))
-    assert two.a_pr_interval() == (0.0, 1.0)
-    single = pxp.Curve((0.0,), ((0.4,),))
-    assert single.a_pr_interval() == (0.4, 0.4) and "[" not in repr(single)
-
-
 def test_curve_file_and_repr(tmp_path):
     path = tmp_path / "curve.json"
     CURVE.save(path)
@@ -225,48 +204,6 @@ def test_files_of_several_curves(tmp_path):
             pxp.load_curves(path)
     with pytest.raises(FileNotFoundError, match="no file nothing and nothing shipped of this name; shipped curves: "):
         pxp.load_curves("nothing")
-
-
-# --- comparison --------------------------------------------------------------------------------------------------
-
-
-def _curve(values):
-    return pxp.Curve((0.0, 0.5), tuple((v, v) for v in values))
-
-
-def test_sign_flips_by_hand():
-    base = (0.5, 0.5, 0.5)
-    # differences 0.1, 0.2, 0.3: of 8 sign patterns only the observed one has this mean or a larger one, and one the
-    # mirrored: p = 2/8
-    found = pxp.compare(_curve((0.6, 0.7, 0.8)), _curve(base))
-    assert found.p_value == pytest.approx(2 / 8) and found.difference == pytest.approx(0.2) and found.runs == 3
-    # differences −0.1, 0.2, 0.3, sum 0.4: ≥ 0.4 for (−,+,+) and (+,+,+), and their mirrors: p = 4/8
-    assert pxp.compare(_curve((0.4, 0.7, 0.8)), _curve(base)).p_value == pytest.approx(4 / 8)
-    # differences 0.1, 0.2, −0.3, sum 0: nothing found
-    assert pxp.compare(_curve((0.6, 0.7, 0.2)), _curve(base)).p_value == pytest.approx(1.0)
-    # the other way round
-    back = pxp.compare(_curve(base), _curve((0.6, 0.7, 0.8)))
-    assert back.p_value == pytest.approx(2 / 8) and back.difference == pytest.approx(-0.2)
-    assert found.low <= found.difference <= found.high and 0.1 - 1e-9 <= found.low and found.high <= 0.3 + 1e-9
-    assert back.low == pytest.approx(-found.high) and back.high == pytest.approx(-found.low)
-
-
-def test_comparing_with_a_single_run():
-    found = pxp.compare(_curve((0.6, 0.7, 0.8, 0.9, 0.8)), _curve((0.5,)))
-    assert found.runs == 5 and found.difference == pytest.approx(0.26) and found.p_value == pytest.approx(2 / 32)
-    assert repr(found).startswith("A_PR difference +0.260 [") and "p = 0.062, 5 paired runs" in repr(found)
-
-
-def test_what_cannot_be_compared():
-    with pytest.raises(ValueError, match="different rates"):
-        pxp.compare(_curve((0.5, 0.6)), pxp.Curve((0.0, 0.6), ((0.1, 0.2),) * 2))
-    with pytest.raises(ValueError, match="cannot pair 2 runs with 3"):
-        pxp.compare(_curve((0.5, 0.6)), _curve((0.5, 0.6, 0.7)))
-    with pytest.raises(ValueError, match="at least two runs"):
-        pxp.compare(_curve((0.5,)), _curve((0.6,)))
-
-
-# --- the shipped networks, end to end ----------------------------------------------------------------------------
 
 
 def test_least_relevant_first_beats_most_relevant_first_and_random(vgg, data):

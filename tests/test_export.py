@@ -12,9 +12,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import Grouped, randomise, relative
+from conftest import Grouped, drawn, randomise, relative
 from onnx.numpy_helper import to_array
-from test_compact import drawn
 from torch import Tensor, nn
 
 import pxp

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from conftest import network, randomise, same, snapshot
-from test_compact import drawn
+from conftest import drawn, network, randomise, same, snapshot
 from test_evaluate import NETS
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
+from by_zennit import TINY, zennit_relevance
 from conftest import network, randomise, relative, without_biases
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from zennit import rules as zennit_rules
-from zennit.core import Composite
-from zennit.layer import Sum
-from zennit.torchvision import ResNetBasicBlockCanonizer, ResNetBottleneckCanonizer
 
 import pxp
 from pxp.lrp.rules import make_rule
@@ -21,10 +17,8 @@ from pxp.models import VGG
 from pxp.network.fold import fold_batch_norm
 from pxp.network.replica import replica
 
-TINY = 1e-12
 BIAS = [None, "bias"]
-AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
 
 RULES = {
     "epsilon": (lambda z: pxp.Epsilon(TINY, zero_params=z), lambda z: zennit_rules.Epsilon(TINY, zero_params=z)),
@@ -53,7 +47,11 @@ RULES = {
         lambda z: zennit_rules.AlphaBeta(1, 0, stabilizer=TINY, zero_params=z),
     ),
 }
+
+
 LOW, HIGH = -3.0, 4.0
+
+
 INPUT_RULES = {
     "flat": (
         lambda z: pxp.Flat(zero_params=z, epsilon=TINY),
@@ -68,60 +66,6 @@ INPUT_RULES = {
         lambda z: zennit_rules.ZBox(LOW, HIGH, stabilizer=TINY, zero_params=z),
     ),
 }
-
-
-def folded(model: nn.Module, x: Tensor) -> nn.Module:
-    """The same network without BatchNorm, by torch's own fusion of neighbours, and without in-place activations."""
-    twin = copy.deepcopy(model)
-    for parent in list(twin.modules()):
-        children = list(parent.named_children())
-        for (one, conv), (two, norm) in itertools.pairwise(children):
-            if isinstance(conv, AFFINE) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-                setattr(parent, one, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, two, nn.Identity())
-    for module in twin.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    assert relative(twin(x).detach(), model(x).detach()) < (1e-12 if x.dtype == torch.float64 else 1e-4)
-    return twin
-
-
-def zennit_relevance(
-    model: nn.Module, x: Tensor, labels: Tensor, rule_of
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Relevance of the input, and signed and magnitude score of every output channel, by zennit."""
-    twin = folded(model, x)
-
-    def module_map(ctx, name, module):
-        if isinstance(module, AFFINE):
-            return rule_of(name)
-        if isinstance(module, nn.ReLU):
-            return zennit_rules.Pass()
-        return zennit_rules.Norm(stabilizer=TINY) if isinstance(module, (Sum, *AVERAGES)) else None
-
-    composite = Composite(module_map, canonizers=[ResNetBasicBlockCanonizer(), ResNetBottleneckCanonizer()])
-    flows: dict[str, Tensor] = {}
-    x = x.clone().requires_grad_()
-    with composite.context(twin):
-        handles = [
-            module.register_forward_hook(
-                lambda module, inputs, output, name=name: (
-                    output.register_hook(lambda flow: flows.__setitem__(name, flow)) and None
-                )
-            )
-            for name, module in twin.named_modules()
-            if isinstance(module, AFFINE)
-        ]
-        logits = twin(x)
-        start = torch.zeros_like(logits)
-        chosen = torch.arange(len(x)), labels
-        start[chosen] = logits.detach()[chosen]
-        (heat,) = torch.autograd.grad(logits, x, start)
-        for handle in handles:
-            handle.remove()
-    per_sample = {name: flow.flatten(2).sum(2) if flow.ndim > 2 else flow for name, flow in flows.items()}
-    signed = {name: value.mean(0) for name, value in per_sample.items()}
-    return heat, signed, {name: value.abs().mean(0) for name, value in per_sample.items()}
 
 
 SMALL = ["mlp", "vgg", "resnet", "bottleneck", "grouped", "conv1d"]
@@ -240,7 +184,6 @@ def test_shipped_networks_agree_with_zennit(name, rule, data):
     assert error < max(1e-4, 3 * max(relative(rough[layer].double(), signed[layer]) for layer in units))
 
 
-# --- by hand -----------------------------------------------------------------------------------------------------
 # a = (2, −1, 1); output 0: w = (1, 1, 1), b = 1, contributions (2, −1, 1), z = 3;
 #                 output 1: w = (−1, 2, 1), b = −1, contributions (−2, −2, 1), z = −4
 HAND = {
@@ -276,9 +219,6 @@ def test_six_numbers_by_hand(case, kind):
     x = torch.tensor([[2.0, -1, 1]]).double().repeat(2, 1).reshape(2, 3, *[1] * (0 if kind == "linear" else 2))
     found = pxp.heatmap(model, x, torch.tensor([0, 1]), pxp.LRP(rule(None)))
     torch.testing.assert_close(found.flatten(1), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-
-
-# --- identities --------------------------------------------------------------------------------------------------
 
 
 def test_lrp_0_is_gradient_times_input_by_finite_differences():

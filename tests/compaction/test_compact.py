@@ -8,24 +8,19 @@ import json
 import pytest
 import timm
 import torch
-from conftest import NETWORKS, network, randomise, relative
+from conftest import NETWORKS, drawn, network, randomise, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_attention import GATED, MODELS, images_of, lively, two_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import MobileNetV2
+from vits import GATED, MODELS, images_of, lively, two_blocks
 
 import pxp
 from pxp.compaction.channels import Affine, Constant, Expand, Join, Select
 from pxp.compaction.follow import Compactor
-
-
-def drawn(units: pxp.Components, rate: float, seed: int = 0) -> pxp.Mask:
-    generator = torch.Generator().manual_seed(seed)
-    return pxp.Mask(units, {n: torch.rand(layer.size, generator=generator) >= rate for n, layer in units.items()})
 
 
 def weights(model: nn.Module) -> int:
@@ -165,9 +160,6 @@ def test_any_mask(name, draw):
     assert difference(model, mask, pxp.compact(model, mask, example=x), x) < 1e-10
 
 
-# --- what must be gone ------------------------------------------------------------------------------------------------
-
-
 def test_layers_have_the_kept_sizes():
     model, _, _, units = network("vgg")
     mask = drawn(units, 0.5)
@@ -226,9 +218,6 @@ def test_heads_are_gone():
         attention = small.get_submodule(name)
         assert attention.num_heads == int(kept.sum()) and attention.out_proj.in_features == 8 * int(kept.sum())
         assert attention.q_proj.out_features == 8 * int(kept.sum())
-
-
-# --- structures that are hard -----------------------------------------------------------------------------------------
 
 
 class Raw(nn.Module):
@@ -505,9 +494,6 @@ def test_several_outputs(how, monkeypatch):
         pxp.compact(model, mask, example=x)
 
 
-# --- what was compacted can be compacted again ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "kinds"), [("vgg", ("filter", "neuron")), ("resnet", "filter"), ("vit", ("head", "neuron"))]
 )
@@ -549,9 +535,6 @@ def test_hooks_are_not_lost_silently():
     model, _, _, units = network("vgg")
     with pxp.masked(model, drawn(units, 0.3, 1)), pytest.raises(ValueError, match="'features.1' carries forward hooks"):
         pxp.compact(model, drawn(units, 0.3, 2))
-
-
-# --- what comes out is an ordinary module -----------------------------------------------------------------------------
 
 
 def test_it_trains():
@@ -671,9 +654,6 @@ def test_harmed_files(how, tmp_path):
     save_file(tensors | {f"state/{name}": value for name, value in state.items()}, path, {"pxp": json.dumps(header)})
     with pytest.raises(ValueError, match=r"small\.safetensors does not fit this network"):
         pxp.load_compact(path)
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 class Untraceable(nn.Module):

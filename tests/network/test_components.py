@@ -10,6 +10,7 @@ import torch
 import torchvision
 from conftest import Grouped, mlp, network, randomise, relative, without_biases
 from torch import Tensor, nn
+from vits import two_blocks
 
 import pxp
 from pxp.models import VGG
@@ -426,3 +427,13 @@ def test_lrp_prints_what_it_does():
     )
     assert repr(pxp.LRP(low="zplus")) == "LRP(low='zplus', middle='epsilon', high='epsilon', fc='epsilon')"
     assert pxp.LRP("gamma") == pxp.LRP("gamma") != pxp.LRP("zplus")
+
+
+def test_costs_by_hand():
+    units = pxp.find_components(two_blocks(), ("head", "neuron", "mlp_output"))
+    head, neuron, output = list(units.values())[:3]
+    # 4 channels: rows of q, k, v with biases, columns of the output projection; 10 tokens
+    assert head.parameters == 3 * (4 * 12 + 4) + 4 * 12
+    assert head.flops == 2 * 10 * 4 * (4 * 12) + 2 * 2 * 10 * 10 * 4
+    assert neuron.parameters == 12 + 1 + 12 and neuron.flops == 2 * 10 * 24
+    assert output.parameters == 10 + 1 and output.flops == 2 * 10 * 10

@@ -28,7 +28,7 @@ from pxp.__main__ import main
 from pxp.search.space import SearchSpace
 from pxp.search.tune import Objective, open_storage
 
-tune_module = import_module("pxp.tune")
+tune_module = import_module("pxp.search.tune")
 RATES = (0, 0.3, 0.6)
 FEW = {"low": ["epsilon", "zplus"], "middle": ["epsilon", "gamma"], "absolute": ["token", "never"]}
 
@@ -504,7 +504,7 @@ def heartbeat(url: str) -> optuna.storages.RDBStorage:
 
 DYING = """
 import os, signal, sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import pxp, optuna, test_tune, torch
 from conftest import network
 model, x, _, units = network("grouped", samples=40)
@@ -524,7 +524,7 @@ pxp.tune(model, (x[:8], labels[:8]), units, (x[8:], labels[8:]), 5, space=space,
 
 
 def a_lost_trial_is_tried_again(url: str, ready) -> None:
-    program = DYING.format(tests=str(Path(__file__).parent), url=url)
+    program = DYING.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], url=url)
     died = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=180)
     assert died.returncode == -signal.SIGKILL
 
