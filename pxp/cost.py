@@ -236,12 +236,12 @@ def peak_memory(run: Callable[[], object], device: torch.device | None = None) -
 
 def _explicit(model: nn.Module) -> nn.Module:
     """A replica, for torch's fast path for attention hides its operations; as sparing with memory as the model."""
-    explicit = replica(model)
-    twins = dict(explicit.named_modules())
+    twin = replica(model)
+    twins = dict(twin.named_modules())
     for name, module in model.named_modules():
         if getattr(module, "inplace", False) and name in twins:
             twins[name].inplace = True
-    return explicit
+    return twin
 
 
 def _stretches(model: nn.Module, images: Tensor, mark: Callable[[], Any]) -> Iterator[tuple[str, Any, Any]]:

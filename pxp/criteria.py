@@ -145,7 +145,7 @@ class Activation(Criterion):
             def note(name: str, output: Tensor, found: dict[str, Tensor] = found) -> None:
                 layer = probe.units[name]
                 if layer.activation is not None:
-                    output = probe.network.get_submodule(layer.activation).forward(output)
+                    output = probe.twin.get_submodule(layer.activation).forward(output)
                 value = probe.per_component(name, output.abs() if layer.kind == "head" else output)
                 elements = output.numel() / (value.shape[0] * value.shape[2])
                 found[name] = found.get(name, 0) + value / elements

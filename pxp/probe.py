@@ -32,7 +32,7 @@ class Probe:
         The user's model.
     structure : Trace
         What runs in which order.
-    network : nn.Module
+    twin : nn.Module
         A replica in evaluation mode whose BatchNorms are merged; its layers have the names of the model's.
     samples : int
         How many reference samples were read so far.
@@ -59,7 +59,7 @@ class Probe:
         return self._units
 
     @cached_property
-    def network(self) -> nn.Module:
+    def twin(self) -> nn.Module:
         twin = replica(self.model)
         fold_batch_norm(twin, self.structure)
         return twin
@@ -74,8 +74,8 @@ class Probe:
             self.samples += len(labels)
 
     def rules(self, composite: Composite):
-        """A context in which a composite's rules are in place on :attr:`network`."""
-        return composite.context(self.network)
+        """A context in which a composite's rules are in place on :attr:`twin`."""
+        return composite.context(self.twin)
 
     def weights(self, *, folded: bool = True) -> dict[str, Tensor]:
         """Layer → (components, weights) that compute each component; of a head also those that read it.
@@ -83,7 +83,7 @@ class Probe:
         With ``folded`` BatchNorm is merged into them.
         """
         units = self.units
-        modules = dict((self.network if folded else replica(self.model)).named_modules())
+        modules = dict((self.twin if folded else replica(self.model)).named_modules())
         return {
             name: modules[name].head_weights() if layer.kind == "head" else modules[name].weight.flatten(1)
             for name, layer in units.items()
@@ -91,7 +91,7 @@ class Probe:
 
     def forward(self, images: Tensor, note: Callable[[str, Tensor], None]) -> None:
         """Run the network and call ``note(layer, output)`` whenever a component layer's output appears."""
-        modules = dict(self.network.named_modules())
+        modules = dict(self.twin.named_modules())
         handles = [
             modules[site].register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
             for name, layer in self.units.items()
@@ -99,7 +99,7 @@ class Probe:
         ]
         try:
             with torch.no_grad():
-                self.network(images)
+                self.twin(images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -130,7 +130,7 @@ class Probe:
         carried : bool
             The rules let relevance itself flow back, as zennit's do: every sample starts with its logit.
         """
-        with reading(self.network, self.structure, self._units, note, exact=exact):
+        with reading(self.twin, self.structure, self._units, note, exact=exact):
             begin = self._start(images, labels, start, carried)
             if begin.requires_grad:  # else no scored layer has any influence on it
                 begin.backward()
@@ -183,7 +183,7 @@ class Probe:
     def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
         """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
         try:
-            logits = self.network(images)
+            logits = self.twin(images)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"
@@ -237,7 +237,7 @@ class InputProbe(Probe):
         carried: bool = False,
     ) -> None:
         point = images.detach().requires_grad_()
-        with reading(self.network, self.structure, None, None):
+        with reading(self.twin, self.structure, None, None):
             (flow,) = torch.autograd.grad(self._start(point, labels, start, carried), point)
         note("input", point.detach(), flow)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from by_hand import close, flows, sites, target_sum
@@ -11,6 +14,8 @@ from torch.nn import functional as F
 from vits import images_of, two_blocks
 
 import pxp
+from pxp.network.fold import fold_batch_norm
+from pxp.network.replica import replica
 
 
 def test_taylor_per_sample_is_the_sensitivity_to_a_head_mask():
@@ -132,3 +137,90 @@ def test_random_is_uniform_and_seeded():
     values, others = torch.cat(list(one.values())), torch.cat(list(other.values()))
     assert torch.equal(values, torch.cat(list(again.values()))) and not torch.equal(values, others)
     assert 0 <= float(values.min()) and float(values.max()) < 1 and abs(float(values.mean()) - 0.5) < 0.05
+
+
+PAGE = Path(__file__).resolve().parent.parent / "book" / "own-criterion.md"
+
+
+def test_the_page_about_ones_own_criterion_runs():
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and list(names["curves"]) == ["L1()", "Sensitivity()", repr(pxp.LRP("epsilon"))]
+    model, x, labels, units = network("resnet")
+    found = pxp.attribute(model, None, units, names["L1"]())
+    twin = replica(model)
+    fold_batch_norm(twin, units.trace)
+    modules = dict(twin.named_modules())
+    assert all(relative(found[name], modules[name].weight.abs().sum((1, 2, 3)).double()) < 1e-12 for name in units)
+    assert found.samples == 0 and found.criterion == "L1()"
+    _, by_hand = flows(model, x, labels, sites(units), lambda logits, y: F.cross_entropy(logits, y, reduction="sum"))
+    found = pxp.attribute(model, (x, labels), units, names["Sensitivity"]())
+    for name in units:
+        assert relative(found[name], by_hand[name].abs().sum((2, 3)).mean(0)) < 1e-12
+    assert found.samples == len(x)
+    # what only asks for gradients explains inputs too
+    start = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(start), labels, reduction="sum"), start)
+    assert relative(pxp.heatmap(model, x, labels, names["Sensitivity"]()), gradient.abs()) < 1e-12
+
+
+class Gives(pxp.Criterion):
+    """Yields what it is told."""
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def values(self, probe):
+        yield self.make({name: torch.ones(2, 1, layer.size) for name, layer in probe.units.items()})
+
+    def __repr__(self) -> str:
+        return "Gives()"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda found: dict(list(found.items())[1:]), r"the values of Gives\(\) lack layers: "),
+        (lambda found: found | {"elsewhere": torch.ones(2, 1, 3)}, "name other layers: elsewhere"),
+        (lambda found: {name: value[..., 1:] for name, value in found.items()}, r"must have shape \(samples, tokens, "),
+        (lambda found: {name: value[0, 0] for name, value in found.items()}, r"must have shape \(samples, tokens, "),
+        (
+            lambda found: {name: value[: 1 + (name == next(iter(found)))] for name, value in found.items()},
+            "with as many samples in every layer, got",
+        ),
+        (lambda found: {name: value * torch.nan for name, value in found.items()}, "are NaN or infinite in layers"),
+    ],
+)
+def test_what_a_criterion_must_give(make, message):
+    model, x, labels, units = network("vgg")
+    assert float(pxp.attribute(model, None, units, Gives(lambda found: found)).signed[next(iter(units))][0]) == 1
+    with pytest.raises(ValueError, match=message):
+        pxp.attribute(model, (x, labels), units, Gives(make))
+    with pytest.raises(TypeError, match=r"Gives\(\) does not explain inputs"):
+        pxp.heatmap(model, x, labels, Gives(lambda found: found))
+
+
+def test_an_own_type_error_is_not_taken_for_a_missing_component():
+    model, x, labels, _units = network("vgg")
+
+    class Broken(pxp.Criterion):
+        def values(self, probe):
+            raise TypeError("of its own")
+            yield
+
+    with pytest.raises(TypeError, match="^of its own$"):
+        pxp.heatmap(model, x, labels, Broken())
+
+
+@pytest.mark.parametrize("absolute", ["token", "sample", "never"])
+def test_where_an_own_criterion_takes_absolute_values(absolute):
+    model, x, labels, units = network("vgg")
+    values = torch.tensor([[1.0, -3.0], [2.0, 2.0]])  # (samples, tokens)
+    criterion = Gives(lambda found: {n: values[..., None].expand(2, 2, v.shape[2]) for n, v in found.items()})
+    criterion.absolute = absolute
+    scores = pxp.attribute(model, (x, labels), units, criterion)
+    expected = {"token": 4.0, "sample": 3.0, "never": 1.0}[absolute]
+    assert all(bool((scores[n] == expected).all() and (scores.signed[n] == 1).all()) for n in units)
+    assert all(value.dtype == torch.float64 and value.device.type == "cpu" for value in scores.values())

@@ -19,9 +19,9 @@ def stabilize(d: Tensor, epsilon: float) -> Tensor:
 
 def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The module's own forward with other parameters; the module is not touched, its hooks do not run."""
-    twin = copy.copy(module)
-    twin._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
-    return twin.forward
+    changed = copy.copy(module)
+    changed._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+    return changed.forward
 
 
 def lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:

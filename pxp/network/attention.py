@@ -11,14 +11,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from ..lrp.softmax import AttentionRule
+
+class Rule(Protocol):
+    """What an attention asks of the rule of its softmax, see :mod:`pxp.lrp.softmax`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """softmax(QKᵀ/√d) V with the rule's backward pass; (N, heads, tokens, channels) each."""
 
 
 class Attention(nn.Module):
@@ -29,7 +33,7 @@ class Attention(nn.Module):
     num_heads, head_dim : int
     heads : nn.Identity
         Its output (N, tokens, heads · channels) is what the heads give to the output projection.
-    rule : AttentionRule or None
+    rule : Rule or None
         How relevance passes the softmax; None: the ordinary gradient.
     """
 
@@ -39,7 +43,7 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Identity()
-        self.rule: AttentionRule | None = None
+        self.rule: Rule | None = None
 
     @property
     def output(self) -> nn.Linear:

@@ -122,9 +122,9 @@ class _Trials:
         setting = repr((criterion, sorted(options.items())))
         trial.set_user_attr("setting", setting)
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
-        twin = self._twin(trial, setting)
-        if twin is not None:
-            return self._repeat(trial, twin)
+        earlier = self._earlier(trial, setting)
+        if earlier is not None:
+            return self._repeat(trial, earlier)
         started = time.perf_counter()
         try:
             scores = self.scores(criterion)
@@ -157,7 +157,7 @@ class _Trials:
         values = tuple(objective.value(curve, masks, self.rates, self.latency_left) for objective in self.objectives)
         return values[0] if len(values) == 1 else values
 
-    def _twin(self, trial: optuna.Trial, setting: str) -> optuna.trial.FrozenTrial | None:
+    def _earlier(self, trial: optuna.Trial, setting: str) -> optuna.trial.FrozenTrial | None:
         """An earlier trial of the same setting that came to an end."""
         from optuna.trial import TrialState
 
@@ -169,21 +169,21 @@ class _Trials:
         return None
 
     @staticmethod
-    def _repeat(trial: optuna.Trial, twin: optuna.trial.FrozenTrial) -> float | tuple[float, ...]:
+    def _repeat(trial: optuna.Trial, earlier: optuna.trial.FrozenTrial) -> float | tuple[float, ...]:
         import optuna
         from optuna.trial import TrialState
 
-        trial.set_user_attr("same_as", twin.number)
+        trial.set_user_attr("same_as", earlier.number)
         for name in ("curve", "reason"):
-            if name in twin.user_attrs:
-                trial.set_user_attr(name, twin.user_attrs[name])
-        if twin.state == TrialState.FAIL:
-            raise _NoRanking(twin.user_attrs["reason"])
-        for step, value in twin.intermediate_values.items():
+            if name in earlier.user_attrs:
+                trial.set_user_attr(name, earlier.user_attrs[name])
+        if earlier.state == TrialState.FAIL:
+            raise _NoRanking(earlier.user_attrs["reason"])
+        for step, value in earlier.intermediate_values.items():
             trial.report(value, step)
-        if twin.state == TrialState.PRUNED:
+        if earlier.state == TrialState.PRUNED:
             raise optuna.TrialPruned()
-        return twin.values[0] if len(twin.values) == 1 else tuple(twin.values)
+        return earlier.values[0] if len(earlier.values) == 1 else tuple(earlier.values)
 
     def scores(self, criterion: Criterion | Composite) -> Scores:
         """Attribute once per criterion; absolute and signed scores come from the same pass."""
