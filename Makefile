@@ -9,13 +9,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+# Printed numbers are compared with tolerance (tests/nbval_tolerance.py); STOCK=1: as nbval alone does it, digit for digit.
+STOCK ?=
+NBVAL += $(if $(STOCK),,-p nbval_tolerance)
 
 .PHONY: help book links test lint unit nbval notebooks bench train clean
 
 help:
 	@echo "make book       build the book from the committed notebooks and print the file to open"
 	@echo "make test       lint, book, unit tests, and every notebook executed and compared with its stored outputs"
-	@echo "make lint       style, types and notebook lint only;  make unit, make nbval: only that part"
+	@echo "make lint       style, types and notebook lint only;  make unit: only that part"
+	@echo "make nbval      the notebooks only, executed and compared;  STOCK=1: digit for digit, without tolerance"
 	@echo "make notebooks  execute all notebooks anew, in place"
 	@echo "make links      look up every link of the book (needs the network)"
 	@echo "make bench      print the benchmark tables"
@@ -52,6 +56,7 @@ lint: .venv/.installed
 unit: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 tests
 
+nbval: export PYTHONPATH := $(CURDIR)/tests$(addprefix :,$(PYTHONPATH))
 nbval: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope $(NBVAL) notebooks
 

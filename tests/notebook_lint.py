@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from nbval_tolerance import stated_tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -125,6 +126,15 @@ def check_markers(notebook: NotebookNode) -> Iterator[str]:
         for marker in re.findall(r"^\s*#\s*((?i:nbval)[\w-]*)", cell.source, re.MULTILINE):
             if marker not in KNOWN_COMMENTS:
                 yield f"cell {number}: unknown marker {marker!r}"
+
+
+def check_tolerance(notebook: NotebookNode) -> Iterator[str]:
+    for number, cell in enumerate(notebook.cells):
+        try:
+            if stated_tolerance(cell.metadata) is not None and cell.cell_type != "code":
+                yield f"cell {number}: states a tolerance, but has no output"
+        except ValueError as error:
+            yield f"cell {number}: {error}"
 
 
 def check_size(notebook: NotebookNode) -> Iterator[str]:
@@ -279,6 +289,7 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_errors,
     check_stderr,
     check_markers,
+    check_tolerance,
     check_size,
     check_metadata,
     check_figures,

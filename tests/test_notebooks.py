@@ -140,6 +140,10 @@ def _tags(index, *tags):
     return lambda notebook: notebook.cells[index].metadata.update(tags=list(tags))
 
 
+def _nbval(index, **fields):
+    return lambda notebook: notebook.cells[index].metadata.update(nbval=fields)
+
+
 def _mystnb(part, key, value):
     return lambda notebook: notebook.cells[3].metadata["mystnb"][part].update({key: value})
 
@@ -153,6 +157,9 @@ BROKEN = {
     "stderr": (_output(2, "stream", name="stderr", text="a warning"), "output on stderr: 'a warning'"),
     "misspelt tag": (_tags(2, "nbval-ignore-ouput"), "unknown tag 'nbval-ignore-ouput'"),
     "misspelt marker": (_source(2, "# NBVAL_IGNORE_OUPUT\n1"), "unknown marker 'NBVAL_IGNORE_OUPUT'"),
+    "misspelt tolerance": (_nbval(2, tolerence=0.03), "metadata nbval is {'tolerence': 0.03}"),
+    "malformed tolerance": (_nbval(2, tolerance="3 %"), "metadata nbval is {'tolerance': '3 %'}"),
+    "tolerance of a text": (_nbval(4, tolerance=0.03), "states a tolerance, but has no output"),
     "long cell": (_source(2, "x = 1\n" * 26), "26 lines, at most 25"),
     "large file": (_output(2, "stream", text="x" * 1_100_000), "bytes, at most 1,000,000"),
     "other kernel": (lambda n: n.metadata.kernelspec.update(name="myenv"), "kernelspec is not python3"),
@@ -193,6 +200,12 @@ def test_each_fault_is_found(name):
     notebook = good_notebook()
     damage(notebook)
     assert any(message in problem for problem in notebook_lint.lint(notebook)), notebook_lint.lint(notebook)
+
+
+def test_a_stated_tolerance_passes():
+    notebook = good_notebook()
+    _nbval(2, tolerance=0.03)(notebook)
+    assert notebook_lint.lint(notebook_execute.normalise(notebook)) == []
 
 
 def test_every_check_can_fail():
