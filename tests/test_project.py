@@ -64,8 +64,9 @@ def test_version_is_stated_in_agreement():
 @pytest.mark.parametrize("path", sorted((ROOT / "pxp").rglob("*.py")), ids=lambda path: path.stem)
 def test_imports_of_the_package_are_declared(path):
     names = notebook_lint.imported(ast.parse(path.read_text(encoding="utf8")))
+    declared = notebook_lint.requirements().union(*notebook_lint.extras().values())
     for name in names - {"pxp"} - set(sys.stdlib_module_names):
-        assert notebook_lint.DISTRIBUTIONS.get(name, name).lower() in notebook_lint.requirements(), name
+        assert notebook_lint.distribution(name) in declared, name
 
 
 def test_requirements_are_lower_bounds_and_reach_the_package():
