@@ -113,6 +113,18 @@ def test_workflows_parse_and_call_targets_that_exist(path):
     assert ".ci/run" not in path.read_text(encoding="utf8") or "make test" in read(".ci/run")
 
 
+def test_every_tier_is_a_target_told_by_help_and_runs_weekly():
+    tiers = re.search(r"^TIERS := (.+)$", read("Makefile"), re.MULTILINE).group(1).split()
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for tier in tiers:
+        assert re.search(rf"^{tier}:", read("Makefile"), re.MULTILINE), tier
+        assert re.search(rf"^make {tier} ", told, re.MULTILINE), tier
+    job = yaml.safe_load(read(".github/workflows/weekly.yml"))["jobs"]["tier"]
+    assert job["strategy"]["matrix"]["tier"] == tiers
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make ${{ matrix.tier }}"]
+    assert re.findall(r"\bmake [\w-]+", read(".ci/run")) == ["make test"]
+
+
 def test_make_runs_its_targets_in_order_of_cost():
     plan = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = [
