@@ -32,6 +32,7 @@ EXERCISES = 3
 DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "IPython": "ipywidgets",
+    "sqlalchemy": "optuna",
     "PIL": "matplotlib",
     "mpl_toolkits": "matplotlib",
     "cycler": "matplotlib",
