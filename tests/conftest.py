@@ -20,6 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import pxp
 from pxp.data import IMAGENETTE_CLASSES
 from pxp.models import VGG, SmallResNet
+from pxp.network.components import Components, Layer
+from pxp.network.trace import Trace
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -263,3 +265,17 @@ def drawn(units: pxp.Components, rate: float, seed: int = 0) -> pxp.Mask:
 
 def pruned(mask: pxp.Mask) -> set[tuple[str, int]]:
     return {(name, i) for name, kept in mask.items() for i, keep in enumerate(kept.tolist()) if not keep}
+
+
+def made(values: dict[str, list[float]], signed: dict[str, list[float]] | None = None) -> pxp.Scores:
+    """Scores of layers that need no model."""
+    layers = [Layer(name, len(v), (name,)) for name, v in values.items()]
+    units = Components("filter", layers, Trace(tuple(values), {name: ("",) for name in values}, {}))
+    tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
+    negative = {name: torch.tensor(v, dtype=torch.float64) for name, v in (signed or values).items()}
+    return pxp.Scores(units, tensors, negative, criterion="by hand", samples=3)
+
+
+@pytest.fixture
+def scores():
+    return made({"a": [0.5, 3.0, 0.1], "b": [2.0, 0.2]}, {"a": [-0.5, 3.0, 0.05], "b": [-2.0, 0.2]})

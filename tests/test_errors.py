@@ -73,11 +73,14 @@ def test_heatmap_inputs(ready, case):
         pxp.heatmap(model, *make(x, labels), pxp.LRP())
 
 
-@pytest.mark.parametrize("criterion", [pxp.Activation(), pxp.Random(), "epsilon", None], ids=repr)
+@pytest.mark.parametrize("criterion", [pxp.Activation(), pxp.Random(), pxp.Magnitude()], ids=repr)
 def test_what_explains_no_input(ready, criterion):
     model, x, labels, _ = ready
     with pytest.raises(TypeError, match="does not explain inputs; use LRP, Taylor, IntegratedGradients"):
         pxp.heatmap(model, x, labels, criterion)
+    for wrong in ("epsilon", None):
+        with pytest.raises(TypeError, match="criterion must be a pxp.LRP, Taylor, IntegratedGradients, .*, got "):
+            pxp.heatmap(model, x, labels, wrong)
 
 
 @pytest.mark.parametrize("criterion", ["epsilon", None, pxp.LRP, pxp.Epsilon()], ids=repr)

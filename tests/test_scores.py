@@ -5,27 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import pruned
+from conftest import made, pruned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pxp
-from pxp.network.components import Components, Layer
-from pxp.network.trace import Trace
-
-
-def made(values: dict[str, list[float]], signed: dict[str, list[float]] | None = None) -> pxp.Scores:
-    """Scores of layers that need no model."""
-    layers = [Layer(name, len(v), (name,)) for name, v in values.items()]
-    units = Components("filter", layers, Trace(tuple(values), {name: ("",) for name in values}, {}))
-    tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
-    negative = {name: torch.tensor(v, dtype=torch.float64) for name, v in (signed or values).items()}
-    return pxp.Scores(units, tensors, negative, criterion="by hand", samples=3)
-
-
-@pytest.fixture
-def scores():
-    return made({"a": [0.5, 3.0, 0.1], "b": [2.0, 0.2]}, {"a": [-0.5, 3.0, 0.05], "b": [-2.0, 0.2]})
 
 
 @pytest.mark.parametrize(
