@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pxp
+from pxp.network.components import Components, Layer
+from pxp.network.trace import Trace
 
 
 @pytest.mark.parametrize(
