@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..masks import Mask
 from ..network.attention import Attention
-from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, IDENTITIES, POOLS, is_elementwise
+from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, IDENTITIES, POOLS, TRANSPOSED, is_elementwise
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, cut_layer, entries, fewer_heads
 from .graph import Shape
@@ -264,6 +264,8 @@ class Compactor:
         old: Any = node.args[0] if node.args else None
         if isinstance(module, Attention):
             return self._attention(node, name, module, arguments, options)
+        if isinstance(module, TRANSPOSED):
+            raise ValueError(f"{name!r} is a transposed convolution, of which compaction cannot take anything away")
         if isinstance(module, CONVOLUTIONS) and x is not None:
             x = self._by(1, x, old)
             return self._grouped(node, name, module, x) if module.groups > 1 else self._linear(node, name, module, x)
