@@ -13,6 +13,7 @@ from zennit.core import Composite, Hook
 
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
+from ..network.bake import need_weight
 from ..network.layers import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, is_activation, is_normalisation
 from ..network.replica import replica
 from ..network.trace import Trace, trace_model
@@ -246,7 +247,8 @@ class LRP(Criterion):
         ------
         ValueError
             An attention of a class that there is no rule for; an activation or a normalisation that is called as a
-            function (a ReLU may be: its derivative is its rule).
+            function (a ReLU may be: its derivative is its rule); a layer whose weight depends on the input, or that
+            computes something else than its class does.
         """
         if structure is None:
             structure = trace_model(model)
@@ -264,6 +266,13 @@ class LRP(Criterion):
                         f"{name!r} ({type(modules[name]).__name__}) calls {function} as a function, which no LRP rule "
                         f"reaches; let it call a module: torch.nn.{instead.__name__}"
                     )
+            if "dynamic weight" in called:
+                raise ValueError(
+                    f"{name!r} ({type(modules[name]).__name__}) computes with a weight that depends on the input, for "
+                    "which there is no LRP rule; use another criterion, such as pxp.Taylor"
+                )
+        for name in structure.order:
+            need_weight(name, modules[name])
         groups = depth_groups(twin, structure)
         by_group = self._rules()
         hooks: dict[str, Hook] = {}

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .attention import Attention
+from .bake import FUNCTIONS
 from .layers import (
     ACTIVATIONS,
     ATTENTIONS,
-    BATCH_NORMS,
     CONVOLUTIONS,
     NORMALISATIONS,
     PRODUCTS,
+    TRANSPOSED,
     is_activation,
+    is_batch_norm,
     is_normalisation,
 )
-from .replica import replica
+from .replica import eager, out_of_memory, replica
 
 T = TypeVar("T")
 
@@ -42,12 +44,16 @@ class Trace:
     heads : dict
         Attention module → its number of heads, in order of execution.
     positions : dict
-        Layer → number of places (pixels, tokens) at which it computes each of its outputs for one image.
+        Layer → number of places (pixels, tokens) at which it computes each of its outputs for one image; of a
+        transposed convolution, at which it reads each of its inputs.
     overwritten : tuple of str
         Layers whose output is then changed in place (by a residual sum).
     functions : dict
-        Module → what its forward pass computes by itself though it would need a rule: ``"attention"``, and the names
-        in ``torch.nn.functional`` of activations and normalisations.
+        Module → what its forward pass computes by itself though it would need a rule: ``"attention"``, the names in
+        ``torch.nn.functional`` of activations and normalisations, and ``"dynamic weight"`` for a convolution or linear
+        map whose weight depends on the input.
+    elsewhere : tuple of str
+        BatchNorms that take something else too than the output of one layer.
     """
 
     order: tuple[str, ...]
@@ -57,6 +63,7 @@ class Trace:
     positions: dict[str, int] = field(default_factory=dict)
     overwritten: tuple[str, ...] = ()
     functions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -86,16 +93,22 @@ class _Call:
     layer: str
     output: _Key
     tensor: Tensor
+    read: Tensor
     norm: str = ""
     norm_output: _Key | None = None
     activation: str | None = None
 
 
+def _is_one(module: nn.Module) -> bool:
+    return is_activation(module) or is_batch_norm(module)
+
+
 class _Uses(TorchFunctionMode):
     """Counts how many operations take each tensor, and notes what is computed outside of the modules that have rules.
 
-    An activation module is one operation, whatever it computes. An attention is known by a softmax that is multiplied
-    by another signal as a matrix. One that only weighs elements (the gates of a CNN) or ends the network is none.
+    An activation or a BatchNorm is one operation, whatever it computes. An attention is known by a softmax that is
+    multiplied by another signal as a matrix. One that only weighs elements (the gates of a CNN) or ends the network is
+    none.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], images: Tensor) -> None:
@@ -107,10 +120,11 @@ class _Uses(TorchFunctionMode):
         self.alive: list[object] = []  # an id is unique only as long as its tensor lives
         self.signals = {id(images)}  # what depends on the images, also when it is changed in place
         self.weights: set[int] = set()  # those that depend on them only through a softmax
+        self.dynamic: dict[str, None] = {}  # modules in which a layer's weight depends on them
 
     def enter(self, name: str, inputs: tuple) -> None:
         self.inside.append(name)
-        if is_activation(self.modules[name]):
+        if _is_one(self.modules[name]):
             self.counts.update(_key(a) for a in inputs if isinstance(a, Tensor))
 
     def leave(self) -> None:
@@ -125,12 +139,17 @@ class _Uses(TorchFunctionMode):
         module = self.modules[self.inside[-1]]
         # neither questions about a tensor (its shape) nor dropout in evaluation mode, which returns it as it is
         passed_on = isinstance(result, Tensor) and _key(result) in given
-        if isinstance(result, Tensor | tuple | list) and not passed_on and not is_activation(module):
+        asked = isinstance(result, torch.Size) or not isinstance(result, Tensor | tuple | list)
+        if not asked and not passed_on and not _is_one(module):
             self.counts.update(given.keys())
         signals = {id(a) for a in given.values()} & self.signals
         if signals:
             made = args[:1] if result is None else result  # x[0] = y has none
-            self._follow(getattr(func, "__name__", ""), module, signals, made)
+            name = getattr(func, "__name__", "")
+            self._follow(name, module, signals, made)
+            weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
+            if name in FUNCTIONS and id(weight) in signals:
+                self.dynamic[self.inside[-1]] = None
         return result
 
     def _follow(self, function: str, module: nn.Module, signals: set[int], result: object) -> None:
@@ -159,6 +178,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     producer: dict[_Key, _Call] = {}
     calls: list[_Call] = []
     heads: dict[str, int] = {}
+    runs: Counter[str] = Counter()  # of BatchNorms
 
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -167,7 +187,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             if not isinstance(output, Tensor):
                 return
             source = producer.get(_key(inputs[0]))
-            if isinstance(module, BATCH_NORMS):
+            if is_batch_norm(module):
+                runs[name] += 1
                 if source is None or source.norm:
                     return
                 source.norm, source.norm_output, source.tensor = name, _key(output), output
@@ -176,7 +197,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
                 if source is not None and source.activation is None:
                     source.activation = name
             else:
-                calls.append(_Call(name, _key(output), output))
+                calls.append(_Call(name, _key(output), output, inputs[0]))
                 producer[_key(output)] = calls[-1]
 
         return hook
@@ -186,16 +207,22 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     uses = _Uses(modules, images)
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda _, inputs, name=name: uses.enter(name, inputs))
-        if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)) or is_activation(module):
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_batch_norm(module) or is_activation(module):
             module.register_forward_hook(note(name, module))
         elif isinstance(module, Attention):
             module.heads.register_forward_hook(
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
         module.register_forward_hook(lambda *_: uses.leave())
-    with torch.inference_mode(False), torch.no_grad(), uses:
+    with torch.inference_mode(False), torch.no_grad(), eager(), uses:
         twin(images)
 
+    its_own = [name for name, module in modules.items() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+    if its_own and not calls and not heads:
+        raise ValueError(
+            f"none of the layers of {type(model).__name__} runs in a copy of it, so its forward pass runs those of "
+            "another object, or none; define forward in the class, with layers of self"
+        )
     norms: dict[str, list[str]] = {}
     positions: dict[str, int] = {}
     overwritten: dict[str, None] = {}
@@ -207,11 +234,16 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         if uses.counts[call.norm_output or call.output] != 1:
             call.activation = None
         norms.setdefault(call.layer, []).append(call.norm)
-        components = call.tensor.shape[-1 if isinstance(modules[call.layer], nn.Linear) else 1]
-        positions[call.layer] = positions.get(call.layer, 0) + call.tensor[0].numel() // components
+        layer = modules[call.layer]
+        placed = call.read if isinstance(layer, TRANSPOSED) else call.tensor
+        components = placed.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        positions[call.layer] = positions.get(call.layer, 0) + placed[0].numel() // components
         if _key(call.tensor) != (call.norm_output or call.output):
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
+    merged = Counter(call.norm for call in calls)
+    for name in uses.dynamic:
+        uses.functions.setdefault(name, {})["dynamic weight"] = None
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
         tuple(norms),
@@ -221,6 +253,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         positions,
         tuple(overwritten),
         {name: tuple(called) for name, called in uses.functions.items()},
+        tuple(norm for norm, number in runs.items() if number > merged[norm]),
     )
 
 
@@ -234,7 +267,8 @@ def example_input(model: nn.Module, example: Tensor | None = None) -> Tensor:
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        replica(model)(images)
+        with eager():
+            replica(model)(images)
         return images
 
     return _first_that_works(model, example, run)
@@ -249,6 +283,8 @@ def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[T
         try:
             return use(example[:1].to(reference))
         except (RuntimeError, ValueError, AssertionError) as problem:
+            if out_of_memory(problem):
+                raise
             shape = tuple(example.shape)
             raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
     candidates = _input_shapes(model)
@@ -257,6 +293,8 @@ def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[T
         try:
             return use(torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
         except (RuntimeError, ValueError, AssertionError) as problem:
+            if out_of_memory(problem):
+                raise
             error = problem
     raise ValueError(
         f"could not guess an input of {type(model).__name__} (tried {', '.join(map(str, candidates)) or 'nothing'}); "
