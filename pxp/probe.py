@@ -77,7 +77,7 @@ class Probe:
             self.samples += len(labels)
 
     def rules(self, composite: Composite):
-        """A context in which a composite's rules are in place on :attr:`twin`."""
+        """A context in which a composite's rules are in place on ``twin``."""
         return composite.context(self.twin)
 
     def weights(self, *, folded: bool = True) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ class Probe:
     def per_component(self, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
         """Sum the elements of a layer's output, times ``factor``, over each component: (samples, tokens, components).
 
-        (N, C, *space) is summed over space, (N, *tokens, channels) of heads over each head's channels.
+        ``(N, C, *space)`` is summed over space, ``(N, *tokens, channels)`` of heads over each head's channels.
         """
         layer = self.units[name]
         if layer.kind != "filter":
