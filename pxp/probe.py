@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 from zennit.core import Composite
 
 from .data import Data, batches
+from .lrp.passes import FUNCTIONS
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
 from .network.replica import replica
+from .network.signals import Signals
 from .network.trace import Trace
 
 
@@ -183,7 +185,12 @@ class Probe:
     def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
         """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
         try:
-            logits = self.twin(images)
+            if self.structure.followed:
+                with Signals(self.twin, images, FUNCTIONS).watching() as signals:
+                    output = self.twin(images)
+                logits = signals.logits(output)
+            else:
+                logits = self.twin(images)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"

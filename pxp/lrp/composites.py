@@ -13,10 +13,10 @@ from zennit.core import Composite, Hook
 
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
-from ..network.layers import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, is_activation, is_normalisation
+from ..network.layers import CONVOLUTIONS, passes
 from ..network.replica import replica
 from ..network.trace import Trace, trace_model
-from .passes import Constant, Half, Identity, Normalisation
+from .passes import Identity, Normalisation
 from .rules import Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
@@ -256,14 +256,11 @@ class LRP(Criterion):
             name, its_class = next(iter(unsupported.items()))
             raise ValueError(f"there is no LRP rule for {name!r} ({its_class}); supported are {SUPPORTED}")
         modules = dict(twin.named_modules())
-        for name, called in structure.functions.items():
-            for function in called:
-                instead = (ACTIVATIONS | NORMALISATIONS).get(function)
-                if instead is not None:
-                    raise ValueError(
-                        f"{name!r} ({type(modules[name]).__name__}) calls {function} as a function, which no LRP rule "
-                        f"reaches; let it call a module: torch.nn.{instead.__name__}"
-                    )
+        for name, found in structure.functions.items():
+            raise ValueError(
+                f"{name!r} ({type(modules[name]).__name__}) computes {', '.join(found)}, for which there is no LRP "
+                "rule; let it call a module of torch, or tell what it is like with pxp.register_layer"
+            )
         groups = depth_groups(twin, structure)
         by_group = self._rules()
         hooks: dict[str, Hook] = {}
@@ -272,23 +269,14 @@ class LRP(Criterion):
             activation = structure.activations.get(name)
             rule.rectified = activation is not None and type(modules[activation]) is nn.ReLU
             hooks[name] = rule
-        for name, module in modules.items():
-            if is_activation(module) and not isinstance(module, nn.ReLU | nn.LeakyReLU):
-                hooks[name] = Identity()
         for name in structure.heads:
             hooks[name] = make_softmax_rule(self.softmax, self.zero_params)
         for name, module in modules.items():
-            if is_normalisation(module):
-                hooks[name] = Normalisation()
-            elif type(module).__name__ in ("SwiGLU", "GluMlp") and isinstance(
-                getattr(module, "drop1", None), nn.Module
-            ):
-                hooks[f"{name}.drop1"] = Half()  # timm's gated MLPs: the module right behind the product
-        for name, module in modules.items():
-            # the gates of squeeze-and-excitation blocks of torchvision and of timm
-            for gate in ("scale_activation", "gate"):
-                if isinstance(getattr(module, gate, None), nn.Module) and is_activation(getattr(module, gate)):
-                    hooks[f"{name}.{gate}" if name else gate] = Constant()
+            match passes(module):
+                case "identity":
+                    hooks[name] = Identity()
+                case "normalisation":
+                    hooks[name] = Normalisation()
         return LayerComposite(hooks, groups)
 
     def __repr__(self) -> str:
