@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .conservation import Conservation
     from .cost import Cost
     from .evaluate import Curve
     from .masks import Mask
@@ -204,6 +205,27 @@ def scores_per_layer(scores: Scores, ax: Axes | None = None, *, signed: bool = F
     ax.set(xlabel="layer, in the order of execution", ylabel="mean relevance" if signed else "mean |relevance|")
     if not signed:
         ax.set_yscale("log")
+    return ax
+
+
+def conservation(named: Mapping[str, Conservation], ax: Axes | None = None) -> Axes:
+    """Relevance that arrives at every layer, from the input to the output; a line per criterion."""
+    ax = _axes(ax)
+    for index, (label, found) in enumerate(named.items()):
+        values = [found.input, *found.arrives.values(), found.start]
+        ax.plot(
+            np.arange(len(values)),
+            values,
+            color=COLORS[index % len(COLORS)],
+            linestyle=LINES[index % len(LINES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            label=label,
+        )
+    names = ["input", *next(iter(named.values())).arrives, "logit"]
+    ax.set_xticks(np.arange(len(names)), names, rotation=60, ha="right", fontsize=10)
+    ax.set(xlabel="layer, in the order of execution", ylabel="relevance that arrives")
+    ax.legend(title="criterion")
     return ax
 
 

@@ -14,6 +14,7 @@ from zennit.core import Composite
 
 from .data import Data, batches
 from .lrp.passes import FUNCTIONS
+from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
 from .network.replica import replica
@@ -72,6 +73,9 @@ class Probe:
         options = {"delay": 5, "leave": False, "disable": not self._progress}
         for images, labels in tqdm(parts, desc="attribute", unit="batch", **options):
             images, labels = checked(self.model, images, labels)
+            if self.samples == 0 and once(self.model, "replica"):
+                with forgotten(self.model):
+                    check_replica(self.model, self.twin, self.structure, images[:2])
             yield images, labels
             self.samples += len(labels)
 
@@ -182,8 +186,8 @@ class Probe:
         missing = [layer for name, layer in self.units.items() if name not in found]
         return found | {e.name: torch.zeros(len(labels), 1, e.size, device=labels.device) for e in missing}
 
-    def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
-        """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
+    def logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Run the network: (samples, classes), which have these labels; what enters a softmax at its end."""
         try:
             if self.structure.followed:
                 with Signals(self.twin, images, FUNCTIONS).watching() as signals:
@@ -203,6 +207,11 @@ class Probe:
                 f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
                 f"(0 to {logits.shape[1] - 1})"
             )
+        return logits
+
+    def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
+        """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
+        logits = self.logits(images, labels)
         target = logits.gather(1, labels[:, None]).squeeze(1)
         if carried:
             return (target * target.detach()).sum()

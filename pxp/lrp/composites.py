@@ -13,11 +13,13 @@ from zennit.core import Composite, Hook
 
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
+from ..network.check import forgotten, once
 from ..network.layers import CONVOLUTIONS, passes
 from ..network.replica import replica
 from ..network.trace import Trace, trace_model
+from .balance import check_balance
 from .passes import Identity, Normalisation
-from .rules import Rule, make_rule
+from .rules import Epsilon, Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
 if TYPE_CHECKING:
@@ -225,6 +227,9 @@ class LRP(Criterion):
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         with probe.rules(self.composite(probe.model, probe.structure)):
             for images, labels in probe.batches():
+                if once(probe.model, "balance"):
+                    with forgotten(probe.model):
+                        check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
                 yield probe.relevance(images, labels, start=self.start, steps=self.path_steps)
 
     def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
@@ -293,3 +298,6 @@ class LRP(Criterion):
         parts += [f"softmax={self.softmax!r}"] if self.softmax != "attnlrp" else []
         parts += [f"absolute={self.absolute!r}"] if self.absolute != "token" else []
         return f"LRP({', '.join(parts)})"
+
+
+EXACT = LRP(Epsilon(0), softmax="cp")  # the derivative of every layer, attention weights as constants

@@ -7,8 +7,7 @@ its forward pass computes with a signal is looked up here, and what is not found
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -156,13 +155,9 @@ _BY_CLASS: dict[type | str, Kind] = {}
 _BY_FUNCTION: dict[str, Kind] = {}
 
 
-def _enter(kind: Kind) -> None:
-    _BY_CLASS.update(dict.fromkeys(kind.classes, kind))
-    _BY_FUNCTION.update(dict.fromkeys(kind.functions, kind))
-
-
 for _kind in KINDS:
-    _enter(_kind)
+    _BY_CLASS.update(dict.fromkeys(_kind.classes, _kind))
+    _BY_FUNCTION.update(dict.fromkeys(_kind.functions, _kind))
 
 
 def qualified(cls: type) -> str:
@@ -193,16 +188,42 @@ def passes(module: nn.Module) -> str:
     return "" if kind is None else kind.passes
 
 
-def kinds(how: str) -> Iterator[Kind]:
-    """The kinds that relevance passes in this way."""
-    return (kind for kind in KINDS if kind.passes == how)
+def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind:
+    """Tell what a module class of your own is like, so that relevance passes it as it passes that.
 
+    What is told is not believed: the first explanation of a model with such a module compares its copy with it, and
+    tries on one image whether relevance is conserved (:mod:`pxp.lrp.balance`).
 
-def register(cls: type, like: Kind) -> Kind:
-    """Let ``cls`` be of a kind; see :func:`pxp.register_layer`."""
-    kind = replace(like, classes=(cls,), functions=())
-    KINDS.append(kind)
-    _enter(kind)
+    Parameters
+    ----------
+    cls : type
+        A subclass of ``torch.nn.Module``. It is then trusted as a whole: its own operations are not looked at. Its
+        subclasses are of the same kind unless they have a forward pass of their own.
+    like : type or str
+        A class that is known, such as ``nn.Sigmoid`` for a gate, ``nn.GELU`` for an activation, ``nn.LayerNorm`` or
+        ``nn.Conv2d``; or the name of a kind, such as ``"gate"``. A normalisation needs the attributes of the class it
+        is like (``normalized_shape`` or ``num_groups``, ``weight``, ``eps``), a layer with weights ``weight`` and
+        ``bias``, which its forward pass must read.
+
+    Returns
+    -------
+    Kind
+        What ``cls`` is now known as.
+
+    Raises
+    ------
+    TypeError
+        ``cls`` is no module class.
+    ValueError
+        Nothing is known of ``like``.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"a layer is a subclass of torch.nn.Module, got {cls!r}")
+    known = {kind.name: kind for kind in KINDS}
+    kind = known.get(like) if isinstance(like, str) else _BY_CLASS.get(like) or _BY_CLASS.get(qualified(like))
+    if kind is None:
+        raise ValueError(f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}")
+    _BY_CLASS[cls] = kind
     return kind
 
 

@@ -25,6 +25,8 @@ from .layers import GATE, Kind, kind_of, kind_of_function
 # (function, its arguments, its options, what it is) → its result, with another backward pass
 Pass = Callable[[Callable, tuple, dict, Kind], Any]
 ENDS = ("softmax", "log_softmax", "sigmoid")
+# of the second tensor only the shape or the type counts
+LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Signals(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}
         given = {id(t): t for t in tensors([*args, *options.values()])}
+        if getattr(func, "__name__", "") in LIKE:
+            given = dict(list(given.items())[:1])
         known = {key: signal for key, tensor in given.items() if (signal := self.of(tensor)) is not None}
         if not known:
             return func(*args, **options)
