@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .conservation import Conservation
     from .cost import Cost
     from .evaluate import Curve
     from .masks import Mask
@@ -208,8 +207,8 @@ def scores_per_layer(scores: Scores, ax: Axes | None = None, *, signed: bool = F
     return ax
 
 
-def conservation(named: Mapping[str, Conservation], ax: Axes | None = None) -> Axes:
-    """Relevance that arrives at every layer, from the input to the output; a line per criterion."""
+def conservation(named: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+    """Relevance that arrives at every layer, from the input to the output; a line per :class:`pxp.Conservation`."""
     ax = _axes(ax)
     for index, (label, found) in enumerate(named.items()):
         values = [found.input, *found.arrives.values(), found.start]

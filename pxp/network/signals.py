@@ -127,12 +127,14 @@ class Signals(TorchFunctionMode):
         if kind is None:
             return
         given = [signal for tensor in tensors(inputs) if (signal := self.of(tensor)) is not None]
+        if isinstance(output, Tensor) and (kind.passes == "softmax" or kind.name == "gate"):
+            self._entered[output] = inputs[0]
         if given:
             self.mark(output, self._through(kind, given, name if kind.passes == "rule" else None))
 
     def mark(self, made: object, signal: Signal) -> None:
         for tensor in tensors(made):
-            if tensor.is_floating_point():  # neither truths nor indices carry relevance
+            if tensor.is_floating_point() or tensor.is_complex():  # neither truths nor indices carry relevance
                 self._signals[tensor] = signal
 
     def _through(self, kind: Kind | None, given: list[Signal], layer: str | None = None) -> Signal:
@@ -172,8 +174,11 @@ class Signals(TorchFunctionMode):
             result = func(*args, **options)
         made = args[0] if result is None else result  # x[0] = y has none
         self.mark(made, self._through(kind, kept))
-        if kind is not None and func.__name__ in ENDS and isinstance(result, Tensor):
-            self._entered[result] = args[0]
+        if kind is not None and isinstance(result, Tensor):
+            if func.__name__ in ENDS:
+                self._entered[result] = args[0]
+            elif kind.name == "reshaping" and isinstance(args[0], Tensor) and args[0] in self._entered:
+                self._entered[result] = self._entered[args[0]]
         return result
 
     def _verdict(
