@@ -1,5 +1,13 @@
 # make book: build the book.  make test: check everything.  `make help` lists the rest.
+
+# The tiers of tests: .ci/run runs `make test`, a weekly workflow all of them. Budgets are for 2 cores, after the install:
+# 20 minutes for `make test`, which needs no network then; 45 for each of the others.
+TIERS := test oldest colab-resolve links
+
 PYTHON ?= python3
+# for the tiers of these names: the oldest supported Python, and Colab's
+OLDEST_PYTHON ?= python3.11
+COLAB_PYTHON ?= python3.13
 BIN := .venv/bin
 ROOT ?=
 # empty: the newest versions that requirements.txt allows
@@ -9,18 +17,26 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+# Printed numbers are compared with tolerance (tests/nbval_tolerance.py); STOCK=1: as nbval alone does it, digit for digit.
+STOCK ?=
+NBVAL += $(if $(STOCK),,-p nbval_tolerance)
 
-.PHONY: help book links test lint unit nbval notebooks bench train clean
+.PHONY: help book lint unit nbval notebooks bench train clean $(TIERS)
 
 help:
 	@echo "make book       build the book from the committed notebooks and print the file to open"
 	@echo "make test       lint, book, unit tests, and every notebook executed and compared with its stored outputs"
-	@echo "make lint       style, types and notebook lint only;  make unit, make nbval: only that part"
+	@echo "make lint       style, types and notebook lint only;  make unit: only that part"
+	@echo "make nbval      the notebooks only, executed and compared;  STOCK=1: digit for digit, without tolerance"
 	@echo "make notebooks  execute all notebooks anew, in place"
-	@echo "make links      look up every link of the book (needs the network)"
 	@echo "make bench      print the benchmark tables"
 	@echo "make train      train the shipped networks anew; ROOT=folder of the original Fashion-MNIST files (default: download)"
-	@echo "make clean      remove what was built; the environment .venv stays"
+	@echo "make clean      remove what was built; the environments stay"
+	@echo
+	@echo "The tiers of tests besides make test:"
+	@echo "make oldest         unit tests on the oldest versions that requirements.txt allows"
+	@echo "make colab-resolve  what an install would change in Colab: nothing (needs a package index)"
+	@echo "make links          look up every link of the book (needs the network)"
 
 # The environment: made once, and again when what it is made from changes.
 .venv/.installed: requirements.txt constraints.txt pyproject.toml setup.py
@@ -32,6 +48,13 @@ help:
 # What only the benchmarks need.
 .venv/.bench: .venv/.installed
 	$(INSTALL) -e '.[bench]' $(addprefix -c ,$(CONSTRAINTS))
+	@touch $@
+
+# The oldest versions that requirements.txt allows.
+.venv-oldest/.installed: requirements.txt pyproject.toml setup.py tests/versions.py
+	test -x .venv-oldest/bin/python || $(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python tests/versions.py oldest > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[book]' -c .venv-oldest/constraints.txt
 	@touch $@
 
 book: .venv/.installed
@@ -52,6 +75,13 @@ lint: .venv/.installed
 unit: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 tests
 
+oldest: .venv-oldest/.installed
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 tests
+
+colab-resolve:
+	$(COLAB_PYTHON) tests/versions.py colab
+
+nbval: export PYTHONPATH := $(CURDIR)/tests$(addprefix :,$(PYTHONPATH))
 nbval: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope $(NBVAL) notebooks
 

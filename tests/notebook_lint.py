@@ -11,11 +11,12 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from nbval_tolerance import stated_tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -23,6 +24,7 @@ NOTEBOOKS = ROOT / "notebooks"
 PARTS = ("You will learn", "Before you start", "## Pitfalls", "## Exercises", "## Take-away", "## References")
 
 MAX_LINES = 25
+MAX_COLUMNS = 80  # the book's page shows about 85
 MAX_BYTES = 1_000_000
 EXERCISES = 3
 
@@ -30,10 +32,14 @@ EXERCISES = 3
 DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "IPython": "ipywidgets",
+    "sqlalchemy": "optuna",
     "PIL": "matplotlib",
     "mpl_toolkits": "matplotlib",
     "cycler": "matplotlib",
 }
+
+# what the book and the benchmarks are made with; no chapter may need it
+TOOLS = {"book", "bench"}
 
 KNOWN_TAGS = {
     "hide-cell", "hide-input", "hide-output", "remove-input", "remove-output", "remove-cell",
@@ -48,13 +54,24 @@ PART = re.compile(r"^#{1,2} |^#{2,4} Exercise (\d+)\b|<details>\s*<summary>[^<]*
 DIRECTIVE = re.compile(r"^\s*(?:`{3,}|:{3,})\{[\w:-]+\}|(?<!`)\{[\w:-]+\}`[^`]", re.MULTILINE)
 
 
-def first_cell(root: Path = ROOT) -> str:
-    """The set-up cell that every notebook starts with; repository and branch come from ``_config.yml``."""
+def first_cell(root: Path = ROOT, extras: Mapping[str, Collection[str]] | None = None) -> str:
+    """The set-up cell that every notebook starts with; repository and branch come from ``_config.yml``.
+
+    ``extras`` says which extras of the package the chapter needs, and which of their modules it imports: it installs
+    the package with them where any of the modules is missing.
+    """
     url, branch = repository(root)
+    names, missing = "", 'importlib.util.find_spec("pxp") is None'
+    if extras:
+        names = f"[{','.join(sorted(extras))}]"
+        modules = ", ".join(f'"{name}"' for name in ("pxp", *sorted(set().union(*extras.values()))))
+        missing = f"not all(map(importlib.util.find_spec, ({modules})))"
     return (
         "import importlib.util\n\n"
-        'if importlib.util.find_spec("pxp") is None:  # in Colab: the package with its data and networks\n'
-        f'    %pip install -q "pxp-book @ git+{url}@{branch}"'
+        "# in Colab: the package with its data and networks\n"
+        f"if {missing}:\n"
+        f'    package = "pxp-book{names} @ git+{url}@{branch}"\n'
+        '    %pip install -q "{package}"'
     )
 
 
@@ -68,9 +85,36 @@ def repository(root: Path = ROOT) -> tuple[str, str]:
 
 def requirements(root: Path = ROOT) -> set[str]:
     """Names in the runtime section of ``requirements.txt``: what a fresh machine gets."""
-    runtime = (root / "requirements.txt").read_text(encoding="utf8").split("[book]")[0]
-    names = (re.match(r"[A-Za-z0-9_.-]+", line) for line in runtime.splitlines() if not line.startswith("#"))
+    return sections(root)[""]
+
+
+def extras(root: Path = ROOT) -> dict[str, set[str]]:
+    """Names in every section of ``requirements.txt`` that a reader may install: extra -> names."""
+    return {extra: names for extra, names in sections(root).items() if extra and extra not in TOOLS}
+
+
+def sections(root: Path = ROOT) -> dict[str, set[str]]:
+    """Names in each section of ``requirements.txt``, as ``setup.py`` reads it; the runtime section is ``""``."""
+    text = (root / "requirements.txt").read_text(encoding="utf8")
+    runtime, *rest = re.split(r"# --- .*: the extra \[(\w+)\]\n", text)
+    return {extra: declared(part) for extra, part in zip(["", *rest[::2]], [runtime, *rest[1::2]], strict=True)}
+
+
+def declared(section: str) -> set[str]:
+    names = (re.match(r"[A-Za-z0-9_.-]+", line) for line in section.splitlines() if not line.startswith("#"))
     return {name.group().lower() for name in names if name}
+
+
+def needed_extras(notebook: NotebookNode, root: Path = ROOT) -> dict[str, set[str]]:
+    """Extras of the package that a chapter needs, by what it imports: extra -> imported modules."""
+    modules = {name for _, cell in code_cells(notebook) for name in imports_of(cell)}
+    found = {extra: {m for m in modules if distribution(m) in names} for extra, names in extras(root).items()}
+    return {extra: modules for extra, modules in found.items() if modules}
+
+
+def distribution(module: str) -> str:
+    """Name in ``requirements.txt`` of what brings a module."""
+    return DISTRIBUTIONS.get(module, module).lower()
 
 
 def code_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
@@ -127,6 +171,15 @@ def check_markers(notebook: NotebookNode) -> Iterator[str]:
                 yield f"cell {number}: unknown marker {marker!r}"
 
 
+def check_tolerance(notebook: NotebookNode) -> Iterator[str]:
+    for number, cell in enumerate(notebook.cells):
+        try:
+            if stated_tolerance(cell.metadata) is not None and cell.cell_type != "code":
+                yield f"cell {number}: states a tolerance, but has no output"
+        except ValueError as error:
+            yield f"cell {number}: {error}"
+
+
 def check_size(notebook: NotebookNode) -> Iterator[str]:
     for number, cell in code_cells(notebook):
         lines = len(cell.source.splitlines())
@@ -169,29 +222,48 @@ def check_figures(notebook: NotebookNode) -> Iterator[str]:
         yield f"figure name {name!r} is used twice"
 
 
-def check_first_cell(notebook: NotebookNode) -> Iterator[str]:
+def check_columns(notebook: NotebookNode) -> Iterator[str]:
+    """Magics and code in Markdown too, which ruff does not see."""
+    for number, cell in enumerate(notebook.cells):
+        fenced = re.findall(r"^```.*?^```", cell.source, re.DOTALL | re.MULTILINE)
+        for line in "\n".join([cell.source] if cell.cell_type == "code" else fenced).splitlines():
+            if len(line) > MAX_COLUMNS:
+                yield f"cell {number}: {len(line)} columns, at most {MAX_COLUMNS}: {line.strip()[:40]!r}"
+
+
+def check_first_cell(notebook: NotebookNode, root: Path = ROOT) -> Iterator[str]:
     first = next((cell.source for _, cell in code_cells(notebook)), "")
-    if first.strip() != first_cell():
-        yield f"the first code cell is not the agreed set-up cell:\n{first_cell()}"
+    agreed = first_cell(root, needed_extras(notebook, root))
+    if first.strip() != agreed:
+        yield f"the first code cell is not the agreed set-up cell:\n{agreed}"
 
 
-def check_imports(notebook: NotebookNode) -> Iterator[str]:
-    declared = requirements()
+def check_imports(notebook: NotebookNode, root: Path = ROOT) -> Iterator[str]:
+    allowed = requirements(root).union(*extras(root).values())
+    first = next((number for number, _ in code_cells(notebook)), 0)
     for number, cell in code_cells(notebook):
         try:
-            tree = ast.parse(python_source(cell.source))
+            ast.parse(python_source(cell.source))
         except SyntaxError as error:
             if "raises-exception" not in tags(cell):
                 yield f"cell {number}: does not parse: {error.msg}"
             continue
-        for name in sorted(imported(tree)):
+        for name in sorted(imports_of(cell)):
             if name == "pxp" or name in sys.stdlib_module_names:
                 continue
-            if DISTRIBUTIONS.get(name, name).lower() not in declared:
-                yield f"cell {number}: imports {name!r}, which the runtime part of requirements.txt does not declare"
+            if distribution(name) not in allowed:
+                yield f"cell {number}: imports {name!r}, which requirements.txt does not declare for readers"
         if number_of_magics := len(re.findall(r"^\s*[%!]", cell.source, re.MULTILINE)):
-            if cell.source.strip() != first_cell():
+            if number != first:
                 yield f"cell {number}: {number_of_magics} magic or shell line(s) outside the set-up cell"
+
+
+def imports_of(cell: NotebookNode) -> set[str]:
+    """Top-level names of all modules that a cell imports; none where it does not parse."""
+    try:
+        return imported(ast.parse(python_source(cell.source)))
+    except SyntaxError:
+        return set()
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -279,7 +351,9 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_errors,
     check_stderr,
     check_markers,
+    check_tolerance,
     check_size,
+    check_columns,
     check_metadata,
     check_figures,
     check_first_cell,

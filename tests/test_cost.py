@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_layers_add_up(make, shape, untouched):
     assert found.parameters == sum(part.parameters for part in parts)
     assert found.bytes == sum(part.bytes for part in parts)
     assert found.memory == max(part.memory for part in parts) > 0
-    assert 0 < sum(part.latency for part in parts) < 1 and {(part.batch, part.threads) for part in parts} == {(2, 1)}
+    assert sum(part.latency for part in parts) > 0 and {(part.batch, part.threads) for part in parts} == {(2, 1)}
 
 
 def test_a_module_counts_without_the_modules_inside_it():
@@ -112,14 +113,19 @@ def test_a_module_counts_without_the_modules_inside_it():
     assert twice.layers == {"0": 2 * 2 * 2 * 16} and twice.by_layer["0"].parameters == 20
 
 
-def test_memory_and_time_say_where_the_cost_is():
+def test_memory_and_time_say_where_the_cost_is(monkeypatch):
+    """By a clock that goes on in one module only: what a real one shows depends on the machine."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(sys.modules["pxp.cost"], "time", clock)
+
     class Slow(nn.Module):
         def forward(self, x):
-            time.sleep(0.005)
+            clock.now += 0.005
             return x.repeat(1, 100).sum(1, keepdim=True) + x
 
     found = pxp.cost(nn.Sequential(nn.Linear(4, 4), Slow(), nn.Linear(4, 4)), torch.rand(8, 4), seconds=0.001).by_layer
-    assert found["1"].latency >= 0.005 > 5 * max(found[name].latency for name in ("", "0", "2"))
+    assert found["1"].latency == pytest.approx(0.005)
+    assert max(found[name].latency for name in ("", "0", "2")) == 0
     assert found["1"].memory >= 4 * 8 * 400 > 5 * max(found[name].memory for name in ("", "0", "2"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import tomllib
 
 import nbformat
 import notebook_execute
@@ -140,6 +141,10 @@ def _tags(index, *tags):
     return lambda notebook: notebook.cells[index].metadata.update(tags=list(tags))
 
 
+def _nbval(index, **fields):
+    return lambda notebook: notebook.cells[index].metadata.update(nbval=fields)
+
+
 def _mystnb(part, key, value):
     return lambda notebook: notebook.cells[3].metadata["mystnb"][part].update({key: value})
 
@@ -153,7 +158,17 @@ BROKEN = {
     "stderr": (_output(2, "stream", name="stderr", text="a warning"), "output on stderr: 'a warning'"),
     "misspelt tag": (_tags(2, "nbval-ignore-ouput"), "unknown tag 'nbval-ignore-ouput'"),
     "misspelt marker": (_source(2, "# NBVAL_IGNORE_OUPUT\n1"), "unknown marker 'NBVAL_IGNORE_OUPUT'"),
+    "misspelt tolerance": (_nbval(2, tolerence=0.03), "metadata nbval is {'tolerence': 0.03}"),
+    "malformed tolerance": (_nbval(2, tolerance="3 %"), "metadata nbval is {'tolerance': '3 %'}"),
+    "tolerance of a text": (_nbval(4, tolerance=0.03), "states a tolerance, but has no output"),
     "long cell": (_source(2, "x = 1\n" * 26), "26 lines, at most 25"),
+    "wide line": (_source(2, "x = " + "1" * 77), "81 columns, at most 80: 'x = 111"),
+    "wide line in a magic": (_source(1, "%pip install " + "x" * 80), "93 columns, at most 80"),
+    "wide line in a comment": (_source(2, "x = 1\n# " + "·" * 79), "81 columns, at most 80"),
+    "wide line in Markdown": (
+        _source(4, f"## Pitfalls\n\n```bash\nls {'x' * 78}\n```\n\n## Exercises"),
+        "81 columns, at most 80",
+    ),
     "large file": (_output(2, "stream", text="x" * 1_100_000), "bytes, at most 1,000,000"),
     "other kernel": (lambda n: n.metadata.kernelspec.update(name="myenv"), "kernelspec is not python3"),
     "no language_info": (lambda n: n.metadata.pop("language_info"), "language_info is missing"),
@@ -166,9 +181,11 @@ BROKEN = {
     "no set-up cell": (_source(1, "import pxp"), "not the agreed set-up cell"),
     "other branch": (_source(1, notebook_lint.first_cell() + "x"), "not the agreed set-up cell"),
     "undeclared import": (_source(2, "import pandas as pd"), "imports 'pandas'"),
+    "import of the tools": (_source(2, "import pytest"), "imports 'pytest'"),
     "undeclared inner import": (_source(2, "def f():\n    from seaborn.utils import x"), "imports 'seaborn'"),
     "syntax error": (_source(2, "1 +"), "does not parse"),
     "shell command": (_source(2, "!pip install x"), "magic or shell line"),
+    "second set-up cell": (_source(2, notebook_lint.first_cell()), "magic or shell line"),
     "absolute path in code": (_source(2, "open('/home/me/x')"), "absolute path"),
     "absolute path in output": (_output(2, "stream", text="in /tmp/x"), "absolute path"),
     "directive": (_source(4, "## Pitfalls\n\n```{note}\nx\n```\n\n## Exercises"), "shows as raw text"),
@@ -195,6 +212,12 @@ def test_each_fault_is_found(name):
     assert any(message in problem for problem in notebook_lint.lint(notebook)), notebook_lint.lint(notebook)
 
 
+def test_a_stated_tolerance_passes():
+    notebook = good_notebook()
+    _nbval(2, tolerance=0.03)(notebook)
+    assert notebook_lint.lint(notebook_execute.normalise(notebook)) == []
+
+
 def test_every_check_can_fail():
     failing = set()
     for damage, _ in BROKEN.values():
@@ -202,6 +225,84 @@ def test_every_check_can_fail():
         damage(notebook)
         failing |= {check for check in notebook_lint.CHECKS if list(check(notebook))}
     assert failing == set(notebook_lint.CHECKS)
+
+
+def test_lines_up_to_the_limit_pass():
+    notebook = good_notebook()
+    notebook.cells[2].source = "# " + "x" * 78
+    notebook.cells[4].source = "## Pitfalls\n\n" + "Prose is as long as it wants. " * 9 + "\n\n## Exercises"
+    assert list(notebook_lint.check_columns(notebook)) == []
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Root folder of another project, whose package has extras."""
+    (tmp_path / "_config.yml").write_text("repository: {url: https://example.org/a/b, branch: trunk}")
+    (tmp_path / "requirements.txt").write_text(
+        "# all of them\ntorch>=2\n\n# --- export: the extra [onnx]\nonnx>=1\nonnxruntime>=1\n\n"
+        "# --- tables, for readers: the extra [tables]\npandas>=2\nscikit-learn>=1\n\n"
+        "# --- tools: the extra [book]\npxp-book[onnx]\npytest>=8\n\n# --- benchmarks: the extra [bench]\nfast[all]>=1\n"
+    )
+    return tmp_path
+
+
+def test_extras_are_read_from_the_requirements(elsewhere):
+    assert notebook_lint.requirements(elsewhere) == {"torch"}
+    assert notebook_lint.extras(elsewhere) == {"onnx": {"onnx", "onnxruntime"}, "tables": {"pandas", "scikit-learn"}}
+    assert notebook_lint.sections(elsewhere)["book"] == {"pxp-book", "pytest"}
+    assert "book" in notebook_lint.sections() and "bench" in notebook_lint.sections()
+
+
+@pytest.mark.parametrize(
+    ("imports", "condition", "package"),
+    [
+        ("import torch", 'importlib.util.find_spec("pxp") is None', "pxp-book"),
+        ("import onnxruntime", 'not all(map(importlib.util.find_spec, ("pxp", "onnxruntime")))', "pxp-book[onnx]"),
+        (
+            "import pandas as pd\nfrom onnx.helper import x\nfrom sklearn import y",
+            'not all(map(importlib.util.find_spec, ("pxp", "onnx", "pandas", "sklearn")))',
+            "pxp-book[onnx,tables]",
+        ),
+    ],
+    ids=["none", "one", "two"],
+)
+def test_a_chapter_installs_the_extras_that_it_imports(imports, condition, package, elsewhere):
+    notebook = good_notebook()
+    notebook.cells[2].source = imports
+    [message] = notebook_lint.check_first_cell(notebook, elsewhere)
+    wanted = message.split(":\n", 1)[1]
+    assert wanted == (
+        "import importlib.util\n\n# in Colab: the package with its data and networks\n"
+        f'if {condition}:\n    package = "{package} @ git+https://example.org/a/b@trunk"\n    %pip install -q "{{package}}"'
+    )
+    notebook.cells[1].source = wanted
+    assert list(notebook_lint.check_first_cell(notebook, elsewhere)) == []
+    assert list(notebook_lint.check_imports(notebook, elsewhere)) == []
+
+
+def test_an_extra_that_no_cell_needs_is_not_installed(elsewhere):
+    notebook = good_notebook()
+    notebook.cells[1].source = notebook_lint.first_cell(elsewhere, {"onnx": {"onnxruntime"}})
+    assert len(list(notebook_lint.check_first_cell(notebook, elsewhere))) == 1
+
+
+def test_the_set_up_cell_installs_only_what_is_missing(elsewhere):
+    """Run as IPython runs it: the magic gets the whole requirement, and only where a module is not found."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    asked = []
+    shell = InteractiveShell()
+    shell.register_magic_function(asked.append, "line", "pip")
+    for module, extra in (("torch", "onnx"), ("no_such_module", "onnx")):
+        assert shell.run_cell(notebook_lint.first_cell(elsewhere, {extra: {module}})).success
+    assert shell.run_cell(notebook_lint.first_cell(elsewhere)).success
+    assert asked == ['install -q "pxp-book[onnx] @ git+https://example.org/a/b@trunk"']
+
+
+def test_ruff_holds_notebooks_to_the_same_width():
+    settings = tomllib.loads((notebook_lint.NOTEBOOKS / "ruff.toml").read_text(encoding="utf8"))
+    assert settings["line-length"] == notebook_lint.MAX_COLUMNS
+    assert settings["extend"] == "../pyproject.toml"
 
 
 def test_lint_as_a_command(tmp_path, capsys):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import notebook_lint
 import pytest
+import versions
 import yaml
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 URL, BRANCH = notebook_lint.repository()
@@ -64,24 +66,37 @@ def test_version_is_stated_in_agreement():
 @pytest.mark.parametrize("path", sorted((ROOT / "pxp").rglob("*.py")), ids=lambda path: path.stem)
 def test_imports_of_the_package_are_declared(path):
     names = notebook_lint.imported(ast.parse(path.read_text(encoding="utf8")))
+    declared = notebook_lint.requirements().union(*notebook_lint.extras().values())
     for name in names - {"pxp"} - set(sys.stdlib_module_names):
-        assert notebook_lint.DISTRIBUTIONS.get(name, name).lower() in notebook_lint.requirements(), name
+        assert notebook_lint.distribution(name) in declared, name
 
 
 def test_requirements_are_lower_bounds_and_reach_the_package():
-    lines = [line for line in read("requirements.txt").splitlines() if line and not line.startswith("#")]
+    found = versions.sections()
+    lines = [line for part in found.values() for line in part if not line.startswith("pxp-book[")]
     assert all(re.fullmatch(r"[\w.-]+(\[\w+\])?(>=[\d.]+(,<\d+)?|==[\d.]+post1)", line) for line in lines), lines
-    runtime = notebook_lint.requirements()
-    assert {"torch", "zennit"} <= runtime
-    assert "jupyter-book" not in runtime
+    bounds = dict(line.split(">=") for line in found[""] + found["onnx"])  # what users install has no upper bounds
+    assert all(re.fullmatch(r"[\d.]+", version) for version in bounds.values()), bounds
+    assert {line.split(">=")[0].lower() for line in found[""]} <= notebook_lint.requirements()
+    assert "jupyter-book" not in notebook_lint.requirements()
+    assert list(found) == ["", "onnx", "book", "bench"]
+    assert "pxp-book[onnx]" in found["book"]
     command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "--name"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "pxp-book"
+
+
+def test_bounds_keep_what_colab_has():
+    colab = {versions.normal(name): version for name, version in versions.pins(read("tests/colab-pins.txt")).items()}
+    bounds = dict(line.split(">=") for line in versions.sections()[""])
+    assert {"torch", "numpy", "ipywidgets"} <= set(bounds) & set(colab)
+    for name in set(bounds) & set(colab):
+        assert Version(bounds[name]) <= Version(colab[name]), name
 
 
 def test_constraints_cover_the_requirements():
     pinned = {line.split("==")[0].lower() for line in read("constraints.txt").splitlines() if "==" in line}
     wanted = [re.match(r"[\w.-]+", line).group().lower() for line in read("requirements.txt").splitlines()
-              if line and not line.startswith("#")]  # fmt: skip
+              if line and not line.startswith(("#", "pxp-book["))]  # fmt: skip
     assert set(wanted) <= pinned
     assert not [name for name in pinned if name.startswith(("nvidia-", "cuda-", "triton"))]
 
@@ -94,9 +109,21 @@ def test_workflows_parse_and_call_targets_that_exist(path):
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] if "timeout-minutes" in job else job["needs"]
         for step in job["steps"]:
-            for target in re.findall(r"\bmake (\w+)", step.get("run", "")):
+            for target in re.findall(r"\bmake ([\w-]+)", step.get("run", "")):
                 assert target in targets, target
     assert ".ci/run" not in path.read_text(encoding="utf8") or "make test" in read(".ci/run")
+
+
+def test_every_tier_is_a_target_told_by_help_and_runs_weekly():
+    tiers = re.search(r"^TIERS := (.+)$", read("Makefile"), re.MULTILINE).group(1).split()
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for tier in tiers:
+        assert re.search(rf"^{tier}:", read("Makefile"), re.MULTILINE), tier
+        assert re.search(rf"^make {tier} ", told, re.MULTILINE), tier
+    job = yaml.safe_load(read(".github/workflows/weekly.yml"))["jobs"]["tier"]
+    assert job["strategy"]["matrix"]["tier"] == tiers
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make ${{ matrix.tier }}"]
+    assert re.findall(r"\bmake [\w-]+", read(".ci/run")) == ["make test"]
 
 
 def test_make_runs_its_targets_in_order_of_cost():
