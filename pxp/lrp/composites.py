@@ -146,9 +146,11 @@ class LRP(Criterion):
     Notes
     -----
     In transformers, GELU and SiLU pass relevance on unchanged, LayerNorm divides by a constant, and residual sums share
-    it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there.
-    These rules are for modules: :meth:`composite` refuses a network that calls ``F.gelu`` or computes an attention by
-    itself, but cannot know one that writes an activation out, as in ``x * torch.sigmoid(x)``.
+    it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there. Of two
+    signals that are multiplied, one that ends in a sigmoid, tanh or softmax is a gate, a constant factor; otherwise
+    each gets half. This holds for modules and for functions. An operation on the way to the output that is in no table
+    (:mod:`pxp.network.layers`) is an error that names it, and once per model its copy is compared with it and
+    conservation is tried on one image (:mod:`pxp.lrp.balance`).
 
     Raises
     ------
@@ -250,8 +252,8 @@ class LRP(Criterion):
         Raises
         ------
         ValueError
-            An attention of a class that there is no rule for; an activation or a normalisation that is called as a
-            function (a ReLU may be: its derivative is its rule).
+            An attention of a class that there is no rule for; an operation on the way to the output for which there is
+            none.
         """
         if structure is None:
             structure = trace_model(model)

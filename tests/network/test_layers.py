@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from by_hand import close
@@ -209,3 +212,18 @@ def test_what_cannot_be_registered(table):
         pxp.register_layer(OwnGate, like=OwnNorm)
     with pytest.raises(TypeError, match="a layer is a subclass of torch.nn.Module"):
         pxp.register_layer(OwnGate(), like="gate")
+
+
+PAGE = Path(__file__).resolve().parents[2] / "book" / "own-layer.md"
+
+
+def test_the_page_about_ones_own_layer_runs(table, capsys):
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 4 and names["heat"].shape == names["images"].shape
+    refused, wrong, *table_lines = capsys.readouterr().out.splitlines()
+    assert refused.startswith("'0.gate' (OwnGate) computes ")
+    assert "relevance is not conserved in '1' (OwnSoftplus)" in wrong
+    assert table_lines[0].startswith("relevance by LRP('gamma')")
