@@ -19,11 +19,11 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model → the state in 
 
 
 def state_of(model: nn.Module) -> tuple:
-    """Changes whenever a parameter, a buffer or a hook of the model does."""
+    """Changes whenever a module, a parameter, a buffer or a hook of the model does."""
     held = (*model.parameters(), *model.buffers())
     versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held)
-    hooks = ((*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules())
-    return tuple(versions), tuple(hooks)
+    modules = ((id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules())
+    return tuple(versions), tuple(modules)
 
 
 def once(model: nn.Module, what: str) -> bool:

@@ -93,6 +93,9 @@ def test_both_checks_are_made_once_per_state(fresh, monkeypatch):
     with pxp.masked(model, pxp.attribute(model, None, units, pxp.Random()).select(0.3)):
         pxp.attribute(model, (x, labels), units, pxp.LRP())
     assert len(balance) == len(copies) == 3
+    model.features[2] = nn.GELU()
+    pxp.heatmap(model, x, labels)
+    assert len(balance) == len(copies) == 4
 
 
 class Random(nn.Module):
