@@ -225,5 +225,5 @@ def test_the_page_about_ones_own_layer_runs(table, capsys):
     assert len(blocks) == 4 and names["heat"].shape == names["images"].shape
     refused, wrong, *table_lines = capsys.readouterr().out.splitlines()
     assert refused.startswith("'0.gate' (OwnGate) computes ")
-    assert "relevance is not conserved in '1' (OwnSoftplus)" in wrong
+    assert "relevance is not conserved in '0' (OwnSoftplus)" in wrong
     assert table_lines[0].startswith("relevance by LRP('gamma')")
