@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -96,3 +97,20 @@ class Affine(nn.Module):
         view = (-1, *[1] * (x.ndim - 1 - self.dim))
         x = x if self.scale is None else x * self.scale.view(view)
         return x if self.shift is None else x + self.shift.view(view)
+
+
+class Switch(nn.Module):
+    """A function that takes other arguments, at these places or of these names, in training: dropout, for example."""
+
+    def __init__(self, function: Callable[..., Any], others: Mapping[int | str, Any]) -> None:
+        super().__init__()
+        self.function, self.others = function, dict(others)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        if self.training:
+            args = tuple(self.others.get(place, given) for place, given in enumerate(args))
+            options = {name: self.others.get(name, given) for name, given in options.items()}
+        return self.function(*args, **options)
+
+    def extra_repr(self) -> str:
+        return f"{getattr(self.function, '__name__', self.function)}, in training {self.others}"

@@ -18,7 +18,7 @@ from ..network.fold import fold_batch_norm
 from ..network.replica import evaluating, replica
 from ..network.trace import example_input
 from .follow import Compactor
-from .graph import traced
+from .graph import place, traced
 
 LARGEST = 2**28  # values of one input; a file that names more is damaged
 
@@ -44,13 +44,16 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
     -------
     torch.fx.GraphModule
         An ordinary module in evaluation mode whose layers have the names that they had. It can be trained, saved with
-        :func:`pxp.save_compact`, compiled and exported.
+        :func:`pxp.save_compact`, compiled, exported, explained and compacted again. In training its dropouts are random
+        as the model's are; what else a forward pass does only in training, by an ``if self.training`` of its own, is
+        gone. Where the model decides by the size of the image, the result decides as ``example`` does, and raises
+        AssertionError for an input that would decide otherwise.
 
     Raises
     ------
     ValueError
-        A mask of another model; a model that cannot be traced or a module that cannot be cut (it is named); a model
-        that carries forward hooks, such as those of :func:`pxp.masked`.
+        A mask of another model; a model that cannot be traced or a module that cannot be cut (the message names the
+        module and the line of its source); a model that carries forward hooks, such as those of :func:`pxp.masked`.
 
     Examples
     --------
@@ -69,7 +72,7 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
         try:
             output = small.forward(blueprint.noise)  # the call itself would print where the error is
         except Exception as error:
-            reason = f"has a structure that compaction does not understand: {error}"
+            reason = f"has a structure that compaction does not understand: {error}{_where(small, blueprint.noise)}"
             raise ValueError(f"{type(model).__name__} {reason}") from error
         blueprint.check([mask], (output,))
     example_shape = list(blueprint.images.shape)
@@ -111,14 +114,12 @@ class Blueprint:
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.rand(2, *self.images.shape[1:], generator=generator).to(self.images)
         with torch.inference_mode(False), torch.no_grad():
-            self.twin = replica(model)
-            fold_batch_norm(self.twin, units.trace)
+            twin = replica(model)
+            fold_batch_norm(twin, units.trace)
             try:
-                try:
-                    self.graph = traced(self.twin, self.noise)
-                except Exception:  # perhaps a model of one image at a time
+                if not _accepts(twin, self.noise):  # a model of one image at a time
                     self.noise = self.noise[:1]
-                    self.graph = traced(self.twin, self.noise)
+                self.twin, self.graph = traced(twin, self.noise, tuple(units))
             except Exception as error:
                 raise ValueError(
                     f"{type(model).__name__} cannot be traced, so it cannot be made smaller: {error}"
@@ -148,6 +149,34 @@ class Blueprint:
             same = len(pairs) == len(expected) > 0 and all(a.shape == b.shape for a, b in pairs)
             if not same or not all(_distance(a, b) <= tolerance for a, b in pairs):  # also NaN
                 raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
+
+
+def _accepts(twin: nn.Module, images: Tensor) -> bool:
+    try:
+        replica(twin)(images.clone())
+    except Exception:
+        return False
+    return True
+
+
+def _where(small: fx.GraphModule, images: Tensor) -> str:
+    """Module and line of the operation that cannot run."""
+    failed: list[fx.Node] = []
+
+    class Run(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            failed.append(n)
+            value = super().run_node(n)
+            failed.pop()
+            return value
+
+    run = Run(small)
+    run.extra_traceback = False
+    try:
+        run.run(images)
+    except Exception:
+        return place(failed[-1])
+    return ""
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..network.attention import Attention
+from ..network.layers import CONVOLUTIONS
+
+
+def is_ordinary(module: nn.Module) -> bool:
+    """Whether a convolution or linear layer computes as torch's own do."""
+    for kind in (*CONVOLUTIONS, nn.Linear):
+        if isinstance(module, kind):
+            own = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
+            return own == [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+    return False
+
+
+@torch.no_grad()
+def is_layer(module: Any) -> bool:
+    """Whether a module is a convolution or a linear layer that can be cut.
+
+    A subclass may compute by itself. If that is only how it pads, as in timm's ``Conv2dSame``, a part of its weight
+    computes the part of its outputs; if it standardises or masks its weight, it does not. A try tells.
+    """
+    if is_ordinary(module):
+        return True
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not isinstance(module._parameters.get("weight"), Tensor):
+        return False
+    weight, bias, groups = module.weight, module.bias, getattr(module, "groups", 1)
+    sides = [
+        (size - 1) * step + 3 for size, step in zip(weight.shape[2:], getattr(module, "dilation", ()), strict=True)
+    ]
+    x = torch.linspace(-1, 1, weight.shape[1] * groups * math.prod(sides)).view(1, -1, *sides).to(weight)
+    half = max(1, groups // 2)
+    inputs = weight.shape[1] * half if groups > 1 else max(1, x.shape[1] // 2)
+    outputs = len(weight) // groups * half if groups > 1 else max(1, len(weight) // 2)
+    part = weight[:outputs] if groups > 1 else weight[:outputs, :inputs]
+    less = cut_layer(module, part, None if bias is None else bias[:outputs], half)
+    alone = x.index_fill(1, torch.arange(inputs, x.shape[1], device=x.device), 0)
+    try:
+        return torch.allclose(less(x[:, :inputs]), module(alone)[:, :outputs], rtol=1e-4, atol=1e-4)
+    except Exception:
+        return False
 
 
 def entries(bias: Tensor | None, index: Tensor) -> Tensor | None:

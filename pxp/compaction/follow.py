@@ -17,13 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from ..masks import Mask
 from ..network.attention import Attention
-from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, IDENTITIES, POOLS, is_elementwise
+from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, POOLS, is_elementwise
 from .channels import Affine, Constant, Expand, Join, Select
-from .cut import check_heads, cut_layer, entries, fewer_heads
-from .graph import Shape
+from .cut import check_heads, cut_layer, entries, fewer_heads, is_layer, is_ordinary
+from .graph import Shape, place
+
+# operations that give parts of a tensor, each a range of one of its dimensions
+PARTS = {
+    "chunk", "unsafe_chunk", "split", "unsafe_split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit",
+    "narrow",
+}  # fmt: skip
 
 
 @dataclass
@@ -62,6 +69,13 @@ class _Flow:
         return (~self.zero).index_fill(0, self.live, False)
 
 
+@dataclass
+class _Sizes:
+    """The shape of a tensor of which perhaps only the live channels exist."""
+
+    of: _Flow
+
+
 class Compactor:
     """Walks through the old graph and writes the new one."""
 
@@ -74,6 +88,8 @@ class Compactor:
         self.input: fx.Node | None = None
         self.flows: dict[fx.Node, Any] = {}
         self.readers: dict[fx.Node, int] = {}  # new node → how many old nodes read what it stands for
+        self.passing: set[fx.Node] = set()  # nodes of the new graph that compute each channel from the one before
+        self.layers: dict[str, bool] = {}  # name → whether its weight can be cut
         self.device = next((p.device for p in twin.parameters()), torch.device("cpu"))
         self.sites: dict[str, list[str]] = {}
         for name, kept in mask.items():
@@ -92,9 +108,20 @@ class Compactor:
         }
         for site, names in (self.sites | heads).items():
             if site not in self.called:
-                raise ValueError(f"{names[0]!r} lies inside a module that cannot be traced, so it cannot be cut")
+                module = self.modules[site]
+                why = "lies inside a module that cannot be traced"
+                if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and not is_layer(module):
+                    why = f"({type(module).__name__}) computes with more than its weight"
+                raise ValueError(f"{names[0]!r} {why}, so it cannot be cut")
         for node in self.old.nodes:
-            self.flows[node] = self._node(node)
+            try:
+                self.flows[node] = self._node(node)
+            except Exception as error:
+                raise ValueError(f"{error}{place(node)}") from error
+            for made in reversed(self.new.nodes):
+                if made.meta.get("at") is not None:
+                    break
+                made.meta["at"] = node.meta.get("at", (None, ""))
         return self.root, self.new
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -126,6 +153,8 @@ class Compactor:
 
     def value(self, given: Any) -> Any:
         """The whole tensor behind an argument."""
+        if isinstance(given, _Sizes):
+            return tuple(self._size(given.of, dim) for dim in range(len(given.of.shape)))
         if not isinstance(given, _Flow):
             return given
         if given.node is None:
@@ -165,17 +194,20 @@ class Compactor:
         index = inside.nonzero().flatten()
         return _Flow(self.call("select", Select(index, flow.dim), flow.node), flow.dim, live, rest, zero, flow.shape)
 
+    def _is_read(self, node: fx.Node) -> bool:
+        """Whether anything else takes or will take the channels of a node of the new graph."""
+        return any(not _asks_sizes(user) for user in node.users) or self.readers.get(node, 1) > 1
+
     def _cut(self, node: fx.Node, inside: Tensor) -> bool:
-        """Take outputs away from the layer that computes ``node``, if nobody else has read it yet."""
-        if node.users or self.readers.get(node, 1) > 1:
+        """Take outputs away from the layer that computes ``node``, if nobody else reads it."""
+        if self._is_read(node):
             return False
         module = self.root.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1):
             self.root[str(node.target)] = cut_layer(module, module.weight[inside], entries(module.bias, inside))
             return True
-        elementwise = node.target in ELEMENTWISE or (module is not None and is_elementwise(module))
         source = node.args[0] if node.args else None
-        if elementwise and isinstance(source, fx.Node) and len(source.users) == 1:
+        if node in self.passing and isinstance(source, fx.Node):
             del source.users[node]  # for the moment nobody reads it
             cut = self._cut(source, inside)
             source.users[node] = None
@@ -187,7 +219,7 @@ class Compactor:
         module = self.root.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, CONVOLUTIONS) or module.groups == 1:
             return None
-        if node.users or self.readers.get(node, 1) > 1:
+        if self._is_read(node):
             return None
         each = module.out_channels // module.groups
         groups = inside.view(-1, each).any(1)
@@ -230,9 +262,22 @@ class Compactor:
                 result = self.narrow(self._as_flow(result, node), self.mask[name].to(self.device))
         else:
             result = self._function(node, arguments, options)
-        if isinstance(result, _Flow) and result.node is not None:
-            self.readers[result.node] = len(node.users)
+        for part in result if isinstance(result, tuple) else (result,):
+            if isinstance(part, _Flow) and part.node is not None:
+                self._count(node, part.node, isinstance(result, tuple))
         return result
+
+    def _count(self, node: fx.Node, made: fx.Node, several: bool) -> None:
+        """Note how many operations will read a node of the new graph.
+
+        If it was there before, ``node`` gives it on under another name, so those that read ``node`` read it in its
+        stead. Who will read which of several parts is not known yet.
+        """
+        users = sum(not _asks_sizes(user) for user in node.users)
+        before = self.readers.get(made)
+        if before is not None:
+            users = before if several else before + users - (node.target is not operator.getitem)
+        self.readers[made] = users
 
     def _tensor(self, node: fx.Node, name: str) -> fx.Node:
         """A parameter or buffer that the model reads itself."""
@@ -251,6 +296,8 @@ class Compactor:
 
     def _whole(self, node: fx.Node, arguments: Any, options: Any) -> fx.Node:
         """The operation as it is, on whole tensors."""
+        if node.op == "call_method" and isinstance(arguments[0], _Sizes):  # a method of torch.Size
+            arguments = (self.new.call_function(torch.Size, (self.value(arguments[0]),)), *arguments[1:])
         arguments = fx.node.map_aggregate(arguments, self.value)
         options = fx.node.map_aggregate(options, self.value)
         target = node.target
@@ -264,10 +311,11 @@ class Compactor:
         old: Any = node.args[0] if node.args else None
         if isinstance(module, Attention):
             return self._attention(node, name, module, arguments, options)
-        if isinstance(module, CONVOLUTIONS) and x is not None:
+        layer = self.layers.setdefault(name, is_layer(module)) if x is not None else False
+        if layer and isinstance(module, CONVOLUTIONS):
             x = self._by(1, x, old)
             return self._grouped(node, name, module, x) if module.groups > 1 else self._linear(node, name, module, x)
-        if isinstance(module, nn.Linear) and x is not None:
+        if layer:
             return self._linear(node, name, module, self._by(len(_shape(old)) - 1, x, old))
         if isinstance(module, Affine):
             return self._affine(name, self._by(module.dim, x, old), module.scale, module.shift)
@@ -279,9 +327,12 @@ class Compactor:
             first, second = (self._by(module.dim, *pair) for pair in zip(arguments, node.args, strict=True))
             first = self._placed(node, first, places[0].to(self.device), nothing, zero=True)
             return self._add(node, first, self._placed(node, second, places[1], nothing, zero=True))
+        if arguments and isinstance(arguments[0], _Flow) and self._is_same(node, arguments, options):
+            if isinstance(module, nn.Identity):
+                return replace(arguments[0])
+            self.put(name, module)
+            return self._elementwise(arguments[0], lambda v: self._emit(node, v, arguments, options), lambda rest: rest)
         if isinstance(x, _Flow):
-            if type(module).__name__ in IDENTITIES:
-                return replace(x)
             if is_elementwise(module):
                 return self._elementwise(x, lambda v: self.call(name, module, v), module)
             if isinstance(module, BATCH_NORMS) and x.dim == 1 and module.running_mean is not None:
@@ -300,11 +351,18 @@ class Compactor:
                 return self._flatten(node, x)
         return self._whole(node, arguments, options)
 
+    def _is_same(self, node: fx.Node, arguments: tuple, options: dict) -> bool:
+        """Whether an operation gives its first argument as it is, if not always then in evaluation: dropout, a copy."""
+        return bool(node.meta.get("same")) and not any(
+            isinstance(part, _Flow) for part in (*arguments[1:], *options.values())
+        )
+
     def _function(self, node: fx.Node, arguments: tuple, options: dict) -> Any:
         target = node.target
-        if target is operator.getitem and isinstance(arguments[0], tuple):
-            return arguments[0][arguments[1]]
         x = arguments[0] if arguments else None
+        known = self._known(node, arguments, options)
+        if known is not None:
+            return known[0]
         if target in (operator.add, torch.add, "add") and not options:
             result = self._add(node, *arguments)
             if result is not None:
@@ -313,13 +371,23 @@ class Compactor:
             result = self._multiply(node, *arguments)
             if result is not None:
                 return result
-        if target in (torch.cat, torch.concat) and isinstance(x, tuple | list):
+        if target in (torch.cat, torch.concat, torch.concatenate) and isinstance(x, tuple | list):
             dim = options.get("dim", arguments[1] if len(arguments) > 1 else 0)
-            if dim == 1 and all(isinstance(part, _Flow) and part.dim == 1 for part in x):
-                return self._concatenate(node, list(x))
+            result = self._concatenate(node, x, dim)
+            if result is not None:
+                return result
         if isinstance(x, _Flow):
-            if getattr(target, "__name__", "") == "stochastic_depth" or target in ("contiguous", "clone"):
-                return replace(x)
+            named = getattr(target, "__name__", target)
+            if self._is_same(node, arguments, options) or target in ("contiguous", "clone"):
+                return self._elementwise(x, lambda v: self._emit(node, v, arguments, options), lambda rest: rest)
+            if named in PARTS or target is operator.getitem:
+                is_slice = target is operator.getitem
+                result = self._slice(node, x, arguments[1]) if is_slice else self._parts(node, x, arguments, options)
+                if result is not None:
+                    return result
+            if target is F.pad and self._pads_places_with_zeros(x, arguments, options):
+                moved = None if x.node is None else self._emit(node, x.node, arguments, options)
+                return replace(x, node=moved, shape=_shape(node))
             if (
                 target in ELEMENTWISE
                 and len(arguments) == 1
@@ -329,12 +397,9 @@ class Compactor:
                 return self._elementwise(
                     x, lambda v: self.new.call_function(apply, (v,), options), lambda rest: apply(rest, **options)
                 )
-            named = getattr(target, "__name__", target)
             pools = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d")
             if named in pools and x.dim == 1 and "shape" in node.meta:
-                moved = (
-                    None if x.node is None else self.new.create_node(node.op, target, (x.node, *arguments[1:]), options)
-                )
+                moved = None if x.node is None else self._emit(node, x.node, arguments, options)
                 return replace(x, node=moved, shape=_shape(node))
             start = arguments[1] if len(arguments) > 1 else options.get("start_dim", 0)
             if named == "flatten" and start == 1 and len(arguments) < 3 and "end_dim" not in options:
@@ -344,6 +409,113 @@ class Compactor:
                 if result is not None:
                     return result
         return self._whole(node, arguments, options)
+
+    def _emit(self, node: fx.Node, x: fx.Node, arguments: tuple, options: dict) -> fx.Node:
+        """The same operation on other channels."""
+        return self.new.create_node(node.op, node.target, (x, *arguments[1:]), options)
+
+    # --- shapes -------------------------------------------------------------------------------------------------------
+
+    def _known(self, node: fx.Node, arguments: tuple, options: dict) -> tuple[Any] | None:
+        """What is known of a shape, alone in a tuple: the number of channels is a constant, other sizes are not."""
+        target, x = node.target, arguments[0] if arguments else None
+        if isinstance(x, _Flow):
+            dim = options.get("dim", arguments[1] if len(arguments) > 1 else None)
+            if target == "size" and isinstance(dim, int):
+                return (self._size(x, dim),)
+            if (target == "size" and dim is None) or (target is getattr and dim == "shape"):
+                return (_Sizes(x),)
+            if target in ("dim", "ndimension") or (target is getattr and arguments[1] == "ndim"):
+                return (len(x.shape),)
+            if target is getattr and arguments[1] in ("dtype", "device") and x.node is not None:
+                return (self.new.call_function(getattr, (x.node, arguments[1])),)
+            return None
+        if isinstance(x, _Sizes) and target is operator.getitem and isinstance(arguments[1], int | slice):
+            dims: Any = range(len(x.of.shape))[arguments[1]]
+            return (self._size(x.of, dims) if isinstance(dims, int) else tuple(self._size(x.of, dim) for dim in dims),)
+        if isinstance(x, _Sizes) and target is len:
+            return (len(x.of.shape),)
+        if isinstance(x, tuple) and target is operator.getitem and isinstance(arguments[1], int | slice):
+            return (x[arguments[1]],)
+        if target is torch._assert and x is True:
+            return (None,)
+        if node.op == "call_function" and isinstance(x, tuple) and target is len:
+            return (len(x),)
+        if node.op == "call_function" and getattr(target, "__module__", "") in ("_operator", "math"):
+            if all(isinstance(part, int | float) for part in arguments) and not options:
+                return (target(*arguments),)  # type: ignore[operator]
+        return None
+
+    def _size(self, x: _Flow, dim: int) -> Any:
+        dim %= len(x.shape)
+        if dim == x.dim:
+            return len(x.rest)
+        size, each = x.shape[dim]
+        if x.node is None and not each:
+            return size
+        return self.new.call_method("size", (self.value(x) if x.node is None else x.node, dim))
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _parts(self, node: fx.Node, x: _Flow, arguments: tuple, options: dict) -> Any:
+        """What ``chunk``, ``split`` and their like give of the channels, as flows; None if they do something else."""
+        given = [*arguments[1:], *options.values()]
+        given = [part for each in given for part in (each if isinstance(each, tuple | list) else [each])]
+        if not all(isinstance(part, int) for part in given):
+            return None
+        sizes = [size + 2 * each for size, each in x.shape]
+        numbers = torch.arange(len(x.rest)).view([-1 if dim == x.dim else 1 for dim in range(len(sizes))]).expand(sizes)
+        call: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        parts = call(numbers, *arguments[1:], **options)
+        several = isinstance(parts, tuple | list)
+        made = []
+        for part in parts if several else (parts,):
+            if any(size != part.shape[dim] for dim, size in enumerate(sizes) if dim != x.dim):
+                return None
+            shape = tuple((part.shape[dim], 0) if dim == x.dim else size for dim, size in enumerate(x.shape))
+            made.append(self._part(x, part.movedim(x.dim, -1).flatten(0, -2)[0].to(x.live.device), shape))
+        return tuple(made) if several else made[0]
+
+    def _slice(self, node: fx.Node, x: _Flow, index: Any) -> _Flow | None:
+        """Slices of some dimensions; of the channels only those whose ends are known."""
+        index = list(index) if isinstance(index, tuple | list) else [index]
+        if Ellipsis in index:
+            place = index.index(Ellipsis)
+            index[place : place + 1] = [slice(None)] * (len(x.shape) - len(index) + 1)
+        index += [slice(None)] * (len(x.shape) - len(index))
+        if not all(isinstance(part, slice) for part in index) or len(index) > len(x.shape):
+            return None
+        channels, index[x.dim] = index[x.dim], slice(None)
+        if not all(isinstance(part, int | None) for part in (channels.start, channels.stop, channels.step)):
+            return None
+        if index != [slice(None)] * len(index):
+            moved = None if x.node is None else self.new.call_function(operator.getitem, (x.node, tuple(index)))
+            x = replace(x, node=moved)
+        return self._part(x, torch.arange(len(x.rest), device=x.live.device)[channels], _shape(node))
+
+    def _pads_places_with_zeros(self, x: _Flow, arguments: tuple, options: dict) -> bool:
+        """Whether padding leaves every channel what it is: no constant but zero meets the border."""
+        zeros = (
+            len(arguments) == 2
+            and isinstance(arguments[1], tuple | list)
+            and options.get("value") in (None, 0)
+            and not bool(x.constants().any())
+        )
+        return zeros and len(arguments[1]) <= 2 * (len(x.shape) - 1 - x.dim)
+
+    def _part(self, x: _Flow, index: Tensor, shape: Shape) -> _Flow:
+        """Some of the channels; ``index`` increases."""
+        inside = torch.zeros(len(x.rest), dtype=torch.bool, device=index.device).index_fill(0, index, True)
+        taken = inside[x.live].nonzero().flatten()
+        node = x.node if len(taken) else None
+        if node is not None and len(taken) < len(x.live):
+            first, number = int(taken[0]), len(taken)
+            if int(taken[-1]) - first == number - 1:
+                node = self.new.call_function(torch.narrow, (node, x.dim, first, number))
+            else:
+                node = self.call("select", Select(taken, x.dim), node)
+        live = torch.searchsorted(index.contiguous(), x.live[taken])
+        return _Flow(node, x.dim, live, x.rest[index], x.zero[index], shape)
 
     # --- layers -------------------------------------------------------------------------------------------------------
 
@@ -413,7 +585,10 @@ class Compactor:
         rest = apply(x.rest.clone())
         rest[x.live] = 0
         zero = x.zero & bool(apply(x.rest.new_zeros(1)) == 0)
-        return replace(x, node=None if x.node is None else emit(x.node), rest=rest, zero=zero)
+        made = None if x.node is None else emit(x.node)
+        if made is not None:
+            self.passing.add(made)
+        return replace(x, node=made, rest=rest, zero=zero)
 
     def _placed(self, node: fx.Node, x: _Flow, index: Tensor, rest: Tensor, zero: bool = False) -> _Flow:
         """The channels of a tensor at these places among others, which are constants."""
@@ -487,15 +662,24 @@ class Compactor:
         product = self.new.call_function(operator.mul, (x.node, y.node))
         return _Flow(product, a.dim, x.live, rest, zero, _shape(node))
 
-    def _concatenate(self, node: fx.Node, parts: list[_Flow]) -> _Flow:
+    def _concatenate(self, node: fx.Node, given: Any, dim: int) -> _Flow | None:
+        dim %= len(_shape(node))
+        if not any(isinstance(part, _Flow) and part.dim == dim for part in given):
+            return None
+        olds = node.args[0]
+        if not isinstance(olds, tuple | list):  # the parts are those of one operation
+            if not all(isinstance(part, _Flow) and part.dim == dim for part in given):
+                return None
+            olds = [None] * len(given)
+        parts = [self._by(dim, part, old) for part, old in zip(given, olds, strict=True)]
         offset, lives = 0, []
         for part in parts:
             lives.append(part.live + offset)
             offset += len(part.rest)
         nodes = [part.node for part in parts if part.node is not None]
-        joined = self.new.call_function(torch.cat, (nodes, 1)) if len(nodes) > 1 else nodes[0] if nodes else None
+        joined = self.new.call_function(torch.cat, (nodes, dim)) if len(nodes) > 1 else nodes[0] if nodes else None
         rest, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("rest", "zero"))
-        return _Flow(joined, 1, torch.cat(lives), rest, zero, _shape(node))
+        return _Flow(joined, dim, torch.cat(lives), rest, zero, _shape(node))
 
     def _flatten(self, node: fx.Node, x: _Flow) -> Any:
         if x.dim != 1 or any(each for _, each in x.shape[2:]):
@@ -521,12 +705,21 @@ class Compactor:
         return replace(x, node=moved, dim=dim, shape=_shape(node))
 
 
+def _asks_sizes(node: fx.Node) -> bool:
+    """Whether an operation takes no more of a tensor than what it is like."""
+    return node.target in ("size", "dim", "ndimension") or (
+        node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    )
+
+
 def _shape(node: fx.Node) -> Shape:
     return node.meta.get("shape", ())
 
 
 def _changes_constants(pool: nn.Module) -> bool:
     """Whether the mean of a constant is another one: where zeros around the image, or another number, count."""
+    if not type(pool).__module__.startswith("torch.nn"):
+        return True
     if not isinstance(pool, nn.AvgPool1d | nn.AvgPool2d):
         return False
     return (pool.count_include_pad and _padded(pool)) or getattr(pool, "divisor_override", None) is not None
@@ -534,6 +727,6 @@ def _changes_constants(pool: nn.Module) -> bool:
 
 def _padded(module: Any) -> bool:
     padding = module.padding
-    return (
+    return (not is_ordinary(module)) or (
         padding != "valid" if isinstance(padding, str) else any(padding if isinstance(padding, tuple) else (padding,))
     )

@@ -35,10 +35,13 @@ class Attention(nn.Module):
         Its output (N, tokens, heads · channels) is what the heads give to the output projection.
     rule : Rule or None
         How relevance passes the softmax; None: the ordinary gradient.
+    dropout : float
+        Of the attention's weights, in training.
     """
 
     num_heads: int
     head_dim: int
+    dropout: float = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +64,8 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Mix the values, (N, heads, tokens, channels) each, to (N, tokens, heads · channels)."""
         if self.rule is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            dropout = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         else:
             mixed = self.rule.attend(q, k, v, mask, causal)
         return mixed.transpose(1, 2).flatten(2)
@@ -83,7 +87,7 @@ class _Torch(Attention):
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.num_heads, self.head_dim = original.num_heads, original.head_dim
-        self._tokens_first = not original.batch_first
+        self._tokens_first, self.dropout = not original.batch_first, original.dropout
         if original.in_proj_weight is not None:
             weights = original.in_proj_weight.chunk(3)
         else:
@@ -156,6 +160,7 @@ class _Timm(Attention):
             self.qkv = _linear(original.qkv.weight, bias)
         if not hasattr(self, "qkv"):  # EvaAttention's own is no module where the projections are separate
             self.qkv = None
+        self.dropout = float(getattr(getattr(original, "attn_drop", None), "p", 0.0))
         self._groups = getattr(original, "num_kv_groups", 1)
         self._prefix = getattr(original, "num_prefix_tokens", 0)
         self._half = getattr(original, "rotate_half", False)
