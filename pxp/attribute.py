@@ -189,7 +189,8 @@ def _check_values(found: dict[str, Tensor], units: Components, criterion: Criter
 
 
 def _means(totals: dict[str, Tensor], units: Components, samples: int) -> dict[str, Tensor]:
-    """Means over samples, brought to the CPU in one piece."""
+    """Means over samples, brought to the CPU in one piece; the layers may be on several devices."""
     sizes = [layer.size for layer in units.values()]
-    means = torch.cat([totals[name] for name in units]).cpu().double() / samples
+    device = totals[next(iter(units))].device
+    means = torch.cat([totals[name].to(device) for name in units]).cpu().double() / samples
     return dict(zip(units, means.split(sizes), strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .files import load_tensors, save_tensors
 from .network.attention import silence_heads
 from .network.components import Components
+from .network.replica import eager
 
 
 class ByLayer(Mapping[str, Tensor]):
@@ -107,7 +108,8 @@ def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     """Silence the pruned components while the context lasts; weights are never touched.
 
     A pruned filter emits exactly zero after its BatchNorm, a pruned head gives exactly zero to the output projection
-    (torch's fast path included). On exit, also by an exception, the model is what it was.
+    (torch's fast path included). A compiled model runs as it is written while the context lasts, since what is compiled
+    takes no notice of new masks. On exit, also by an exception, the model is what it was.
     Contexts nest: a component is silent if any of the masks prunes it.
 
     Parameters
@@ -146,7 +148,8 @@ def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
                 continue
             for site in layer.site:
                 handles.append(modules[site].register_forward_hook(_silence(~kept, layer.kind == "filter")))
-        yield model
+        with eager():
+            yield model
     finally:
         for handle in handles:
             handle.remove()

@@ -14,10 +14,12 @@ from zennit.core import Composite
 
 from .data import Data, batches
 from .lrp.passes import FUNCTIONS
+from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
-from .network.replica import replica
+from .network.layers import by_output
+from .network.replica import check_values, eager, out_of_memory, replica
 from .network.signals import Signals
 from .network.trace import Trace
 
@@ -50,6 +52,7 @@ class Probe:
         batch_size: int = 32,
         progress: bool = False,
     ) -> None:
+        check_values(model)
         self.model, self.structure = model, structure
         self.samples = 0
         self._units, self._refs, self._batch_size, self._progress = units, refs, batch_size, progress
@@ -90,8 +93,11 @@ class Probe:
         """
         units = self.units
         modules = dict((self.twin if folded else replica(self.model)).named_modules())
+        for name, layer in units.items():
+            if layer.kind != "head":
+                need_weight(name, modules[name])
         return {
-            name: modules[name].head_weights() if layer.kind == "head" else modules[name].weight.flatten(1)
+            name: modules[name].head_weights() if layer.kind == "head" else by_output(modules[name])
             for name, layer in units.items()
         }
 
@@ -104,7 +110,7 @@ class Probe:
             for site in layer.site
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), eager():
                 self.twin(images)
         finally:
             for handle in handles:
@@ -189,19 +195,25 @@ class Probe:
     def logits(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run the network: (samples, classes), which have these labels; what enters a softmax at its end."""
         try:
-            if self.structure.followed:
-                with Signals(self.twin, images, FUNCTIONS).watching() as signals:
-                    output = self.twin(images)
-                logits = signals.logits(output)
-            else:
-                logits = self.twin(images)
+            with eager():
+                if self.structure.followed:
+                    with Signals(self.twin, images, FUNCTIONS).watching() as signals:
+                        output = self.twin(images)
+                    logits = signals.logits(output)
+                else:
+                    logits = self.twin(images)
         except (RuntimeError, AssertionError) as error:
+            if out_of_memory(error):
+                raise torch.cuda.OutOfMemoryError(
+                    f"there is no memory for {len(images)} images at a time; give a smaller batch_size ({error})"
+                ) from error
             raise ValueError(
                 f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"
             ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
+        labels = labels.to(logits.device)  # a model may be spread over several devices
         if int(labels.max()) >= logits.shape[1]:
             raise ValueError(
                 f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
@@ -266,6 +278,7 @@ class InputProbe(Probe):
 
 def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Validate one batch and move it to the model's device and dtype."""
+    check_values(model)
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a floating-point tensor, got {kind}")
@@ -340,11 +353,26 @@ def reading(
         if value is not None:
             value.append(output.detach())
 
+    def with_gradient(name: str, read: bool):
+        def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not torch.is_grad_enabled() and (read or inputs[0].requires_grad):
+                raise ValueError(
+                    f"{name!r} runs without gradients, so nothing can flow back through it: checkpoint it with "
+                    "use_reentrant=False, or let the forward pass do without torch.no_grad"
+                )
+
+        return check
+
     layers: Mapping[str, Layer] = units or {}
     sites = {name: (structure.site(name), False) for name in structure.order if name not in layers}
     sites |= {name: (layer.site, True) for name, layer in layers.items()}
     handles = [
         modules[site].register_forward_hook(hook(name, read)) for name, (where, read) in sites.items() for site in where
+    ]
+    handles += [
+        modules[name].register_forward_pre_hook(with_gradient(name, read))
+        for name, (_, read) in sites.items()
+        if name in structure.order
     ]
     handles += [modules[activation].register_forward_hook(rectify) for activation in set(rectified.values())]
     try:

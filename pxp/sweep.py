@@ -19,8 +19,10 @@ from .compaction.compact import Blueprint
 from .data import Data, batches
 from .masks import Mask, masked
 from .network.attention import Attention, without_heads
+from .network.bake import plain
 from .network.fold import fold_batch_norm
-from .network.replica import evaluating, replica
+from .network.layers import for_weight
+from .network.replica import check_values, evaluating, replica
 
 ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
 
@@ -190,7 +192,10 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     """
     mask.units.check(model)
     twin = replica(model)
-    fold_batch_norm(twin, mask.units.trace)
+    try:
+        fold_batch_norm(twin, mask.units.trace)
+    except ValueError:  # what cannot be merged can be masked
+        twin = replica(model)
     modules = dict(twin.named_modules())
     rest = {name: torch.ones_like(kept) for name, kept in mask.items()}
     for name, kept in mask.items():
@@ -198,10 +203,11 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
         if isinstance(layer, Attention):
             weight = without_heads(layer.output.weight, kept)
             layer.output.weight = nn.Parameter(weight, requires_grad=False)
-        elif sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
-            for part, tensor in layer.named_parameters(recurse=False):
-                keep = kept.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
-                setattr(layer, part, nn.Parameter(tensor * keep, requires_grad=False))
+        elif plain(layer) and (sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites)):
+            keep = kept.to(layer.weight.device)
+            layer.weight = nn.Parameter(layer.weight * for_weight(layer, keep), requires_grad=False)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias * keep, requires_grad=False)
         else:
             rest[name] = kept
     if _fits_channels_last(twin):
@@ -237,6 +243,7 @@ def correct(
     Tensor
         bool, (networks, samples).
     """
+    check_values(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     wanted = None if classes is None else torch.as_tensor(list(classes))
     if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):

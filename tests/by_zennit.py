@@ -17,7 +17,8 @@ from zennit.torchvision import ResNetBasicBlockCanonizer, ResNetBottleneckCanoni
 TINY = 1e-12
 
 
-AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -29,8 +30,8 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
     for parent in list(twin.modules()):
         children = list(parent.named_children())
         for (one, conv), (two, norm) in itertools.pairwise(children):
-            if isinstance(conv, AFFINE) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-                setattr(parent, one, fuse_conv_bn_eval(conv, norm))
+            if isinstance(conv, AFFINE) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                setattr(parent, one, fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, TRANSPOSED)))
                 setattr(parent, two, nn.Identity())
     for module in twin.modules():
         if isinstance(module, nn.ReLU):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import network, same, snapshot
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import pxp
@@ -335,14 +335,120 @@ def test_scores_that_overflow_name_their_layers():
         pxp.Scores(units, values, {"features.0": torch.zeros(16)})
 
 
-def test_weights_that_are_computed_say_what_to_do():
-    for change in (
-        lambda layer: parametrizations.weight_norm(layer),
-        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+class TooLarge(nn.Module):
+    """No memory from a certain number of images on, said as the GPU says it or as the CPU does."""
+
+    def __init__(self, error: Exception, images: int) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+        self.error, self.images = error, images
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) >= self.images:
+            raise self.error
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"),
+    ],
+    ids=["cuda", "cpu", "mps"],
+)
+def test_no_memory_is_not_a_wrong_shape(error):
+    x, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    model = TooLarge(error, 3).eval()
+    units = pxp.find_components(model, example=x)
+    with pytest.raises(
+        torch.cuda.OutOfMemoryError, match="no memory for 4 images at a time; give a smaller batch_size"
     ):
-        model, x, labels, units = network("vgg")
-        change(model.features[3])
-        with pytest.raises(ValueError, match=r"weights of 'features\.3' .*remove"):
-            pxp.attribute(model, (x, labels), units, pxp.LRP())
-        with pytest.raises(ValueError, match=r"weights of 'features\.3' .*remove"):
-            pxp.find_components(model)
+        pxp.attribute(model, (x, labels), units, pxp.LRP())
+    assert pxp.attribute(model, (x, labels), units, pxp.LRP(), batch_size=2).samples == 4
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="give a smaller batch_size"):
+        pxp.heatmap(model, x, labels)
+    model.images = 1
+    for example in (x, None):
+        with pytest.raises(RuntimeError, match="memory") as caught:
+            pxp.find_components(model, example=example)
+        assert type(caught.value) is type(error) and str(caught.value) == str(error)
+
+
+class NoGradient(nn.Module):
+    """A part runs without gradients: by reentrant checkpointing, or because it is frozen."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU())
+        self.fc, self.way = nn.Linear(6, 3), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "no_grad":
+            with torch.no_grad():
+                x = self.body(x)
+        else:
+            x = checkpoint(self.body, x, use_reentrant=self.way == "reentrant")
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("criterion", [pxp.LRP(), pxp.LRP("gamma"), pxp.Taylor(), pxp.IntegratedGradients(2)], ids=repr)
+@pytest.mark.parametrize("way", ["reentrant", "no_grad"])
+def test_a_part_without_gradients_is_named(way, criterion):
+    model = NoGradient(way).eval()
+    x, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    units = pxp.find_components(model, example=x)
+    message = r"'body\.0' runs without gradients, .*use_reentrant=False.*no_grad"
+    with pytest.raises(ValueError, match=message):
+        pxp.attribute(model, (x, labels), units, criterion)
+    with pytest.raises(ValueError, match=message):
+        pxp.heatmap(model, x, labels, criterion)
+    assert torch.is_grad_enabled()
+    # activations need none, and the other kind of checkpoint is right
+    assert bool((pxp.attribute(model, (x, labels), units, pxp.Activation())["body.0"] != 0).any())
+    model.way = "not reentrant"
+    plain = nn.Sequential(*model.body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.fc).eval()
+    torch.testing.assert_close(pxp.heatmap(model, x, labels, criterion), pxp.heatmap(plain, x, labels, criterion))
+
+
+def test_parameters_without_values_are_named():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    x, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    units = pxp.find_components(model, example=x)
+    for part in (model, model[3]):
+        part.to("meta")
+        for call in (
+            lambda: pxp.heatmap(model, x, labels),
+            lambda: pxp.attribute(model, (x, labels), units, pxp.LRP()),
+            lambda: pxp.attribute(model, None, units, pxp.Magnitude()),
+            lambda: pxp.accuracy(model, (x, labels)),
+        ):
+            with pytest.raises(ValueError, match=r"parameter '[03]\.weight' is on the meta device.*load its weights"):
+                call()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
+def test_a_model_on_two_devices():
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.fc = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+            self.device = "cpu"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.two(self.one(x).relu().to(self.device)).relu().mean((2, 3)))
+
+    model = Spread().double().eval()
+    x, labels = torch.rand(4, 1, 8, 8).double(), torch.tensor([0, 1, 2, 0])
+    units = pxp.find_components(model, example=x)
+    expected = pxp.attribute(model, (x, labels), units, pxp.LRP("zplus"))
+    model.two.cuda(), model.fc.cuda()
+    model.device = "cuda"
+    found = pxp.attribute(model, (x, labels), units, pxp.LRP("zplus"))
+    for name in units:
+        torch.testing.assert_close(found.signed[name], expected.signed[name])
+    with pxp.masked(model, found.select(0.5)):
+        assert 0 <= pxp.accuracy(model, (x, labels)) <= 1

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..masks import Mask
 from ..network.attention import Attention
-from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, POOLS, is_elementwise
+from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, POOLS, TRANSPOSED, is_elementwise
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, cut_layer, entries, fewer_heads, is_layer, is_ordinary
 from .graph import Shape, place
@@ -311,6 +311,8 @@ class Compactor:
         old: Any = node.args[0] if node.args else None
         if isinstance(module, Attention):
             return self._attention(node, name, module, arguments, options)
+        if isinstance(module, TRANSPOSED):
+            raise ValueError(f"{name!r} is a transposed convolution, of which compaction cannot take anything away")
         layer = self.layers.setdefault(name, is_layer(module)) if x is not None else False
         if layer and isinstance(module, CONVOLUTIONS):
             x = self._by(1, x, old)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from ..network.layers import TRANSPOSED
+
 _BLOCK = 2**20  # weights
 
 
@@ -20,8 +22,24 @@ def stabilize(d: Tensor, epsilon: float) -> Tensor:
 def with_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The module's own forward with other parameters; the module is not touched, its hooks do not run."""
     changed = copy.copy(module)
+    for name in ("weight", "bias"):  # of a layer that is given its weight from outside
+        changed.__dict__.pop(name, None)
     changed._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
     return changed.forward
+
+
+def as_called(module: nn.Module, x: Tensor, output: Tensor) -> nn.Module:
+    """The module so that ``forward(x)`` gives an output of this size, which a transposed convolution may be told."""
+    if not isinstance(module, TRANSPOSED):
+        return module
+    sizes = zip(x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size, strict=True)
+    smallest = [(size - 1) * stride - 2 * pad + dilation * (k - 1) + 1 for size, stride, pad, dilation, k in sizes]  # type: ignore[operator]
+    more = tuple(size - least for size, least in zip(output.shape[2:], smallest, strict=True))
+    if more == module.output_padding:
+        return module
+    told = copy.copy(module)
+    told.output_padding = more
+    return told
 
 
 def lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,13 +61,14 @@ def _block(
     module: nn.Module, weight: Tensor, change: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None
 ) -> Tensor:
     changed = change(weight)
-    weight_at, strides = changed.data_ptr(), changed.stride()
+    weight_at, start = changed.data_ptr(), changed.storage_offset()
 
-    def pack(tensor: Tensor) -> Tensor | bool:
-        return tensor if tensor.data_ptr() != weight_at else tensor.stride() == strides
+    # what is kept of the weight may be a view of it: transposed, or expanded over a batch that is not contiguous
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        return tensor if tensor.data_ptr() != weight_at else (tensor.shape, tensor.stride())
 
-    def unpack(packed: Tensor | bool) -> Tensor:
-        return packed if isinstance(packed, Tensor) else change(weight) if packed else change(weight).t()
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else change(weight).as_strided(*packed, start)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return with_parameters(module, changed, bias)(x)

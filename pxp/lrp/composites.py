@@ -13,6 +13,7 @@ from zennit.core import Composite, Hook
 
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
+from ..network.bake import need_weight
 from ..network.check import forgotten, once
 from ..network.layers import CONVOLUTIONS, passes
 from ..network.replica import replica
@@ -253,7 +254,7 @@ class LRP(Criterion):
         ------
         ValueError
             An attention of a class that there is no rule for; an operation on the way to the output for which there is
-            none.
+            none; a layer whose weight depends on the input, or that computes something else than its class does.
         """
         if structure is None:
             structure = trace_model(model)
@@ -268,6 +269,8 @@ class LRP(Criterion):
                 f"{name!r} ({type(modules[name]).__name__}) computes {', '.join(found)}, for which there is no LRP "
                 "rule; let it call a module of torch, or tell what it is like with pxp.register_layer"
             )
+        for name in structure.order:
+            need_weight(name, modules[name])
         groups = depth_groups(twin, structure)
         by_group = self._rules()
         hooks: dict[str, Hook] = {}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Hook
 
-from .carry import Anew, Carry, Once, Redistribute, lean, over, scaled, stabilize, with_parameters
+from .carry import Anew, Carry, Once, Redistribute, as_called, lean, over, scaled, stabilize, with_parameters
 
 
 def _positive_part(tensor: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Rule(Hook):
 
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         # where no gradient flows below, the rule would have no effect
-        return self.apply(module, inputs[0], output) if inputs[0].requires_grad else None
+        return self.apply(as_called(module, inputs[0], output), inputs[0], output) if inputs[0].requires_grad else None
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         """Return a tensor with the values of ``output`` whose backward pass is the rule's."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 
 class Rule(Protocol):
@@ -219,9 +220,10 @@ SUPPORTED = "torch.nn.MultiheadAttention and timm's Attention, AttentionRope and
 
 
 def _is_supported(module: nn.Module) -> bool:
-    if type(module) is nn.MultiheadAttention:
+    kind = type_before_parametrizations(module)
+    if kind is nn.MultiheadAttention:
         return module.bias_k is None and not module.add_zero_attn
-    return f"{type(module).__module__}.{type(module).__qualname__}" in _TIMM
+    return f"{kind.__module__}.{kind.__qualname__}" in _TIMM
 
 
 def is_head_layer(module: nn.Module) -> bool:
@@ -337,6 +339,8 @@ def silence_heads(module: nn.Module, kept: Tensor) -> list:
         projection = attention.out_proj
         replaced.append(projection)  # type: ignore[arg-type]
         narrowed = copy.copy(projection)
+        narrowed.__class__ = type_before_parametrizations(projection)  # type: ignore[arg-type]
+        narrowed.__dict__.pop("weight", None)  # a hook may have set it
         narrowed._parameters = {**projection._parameters, "weight": without_heads(projection.weight, kept)}  # type: ignore
         attention._modules["out_proj"] = narrowed  # type: ignore[assignment]
 

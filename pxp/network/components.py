@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .attention import SUPPORTED, Attention, is_head_layer, unsupported_attention
-from .layers import CONVOLUTIONS
-from .replica import replica
+from .layers import CONVOLUTIONS, by_output
+from .replica import check_openable, replica
 from .trace import Trace, trace_model
 
 KINDS = {
@@ -159,6 +159,7 @@ class Components(Mapping[str, Layer]):
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` has every one of these layers with its size."""
+        check_openable(model)
         modules = dict(model.named_modules())
         for layer in self.values():
             missing = [n for n in (layer.name, *([] if layer.kind == "head" else layer.site)) if n not in modules]
@@ -189,12 +190,12 @@ def find_components(
     model : nn.Module
         Left as it is.
     kind : {"filter", "neuron", "head", "mlp_output"} or a sequence of them
-        ``"filter"``: output channels of all convolutions (grouped and depthwise ones too). ``"neuron"``: outputs of the
-        linear layers that feed an activation module. ``"head"``: attention heads of torch's MultiheadAttention and of
-        timm's. ``"mlp_output"``: outputs of the linear layer behind a layer of neurons; Hatefi et al. 2024 prune them
-        together with the neurons. Such an output is what the block adds to one coordinate of the residual stream:
-        pruning it saves a row of weights, but the coordinate itself stays, since other blocks write to it too.
-        Several kinds are scored in one pass and ranked together.
+        ``"filter"``: output channels of all convolutions (grouped, depthwise and transposed ones too). ``"neuron"``:
+        outputs of the linear layers that feed an activation module. ``"head"``: attention heads of torch's
+        MultiheadAttention and of timm's. ``"mlp_output"``: outputs of the linear layer behind a layer of neurons;
+        Hatefi et al. 2024 prune them together with the neurons. Such an output is what the block adds to one coordinate
+        of the residual stream: pruning it saves a row of weights, but the coordinate itself stays, since other blocks
+        write to it too. Several kinds are scored in one pass and ranked together.
     gates : bool, default False
         Also those inside gates, such as the filters of a squeeze-and-excitation block. They only weigh what others
         compute, so an explanation that takes gates as constants gives them relevance 0, and they would be pruned first.
@@ -289,7 +290,7 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
     layers = []
     for name in names:
         module, places = modules[name], structure.positions[name]
-        incoming = module.weight[0].numel()
+        incoming = by_output(module).shape[1]
         reader = readers.get(name) if kind == "neuron" else None
         outgoing = 0 if reader is None else _size(modules[reader], "neuron")
         layers.append(

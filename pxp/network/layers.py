@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.misc import Permute
@@ -64,10 +64,11 @@ def _timm(module: str, *names: str) -> tuple[str, ...]:
 KINDS = [
     Kind("convolution", "rule", (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_timm("conv2d_same", "Conv2dSame")),
          ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")),
+    Kind("transposed convolution", "rule", (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
     Kind("linear", "rule", (nn.Linear, *_timm("linear", "Linear")), ("linear",)),
     Kind(
         "batch normalisation", "affine",
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d,
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d,
          *_timm("norm_act", "BatchNormAct2d", "FrozenBatchNormAct2d")),
         ("batch_norm",),
     ),
@@ -228,8 +229,9 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
 
 
 # what compaction asks: which classes and functions it may treat alike
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
@@ -250,6 +252,33 @@ def is_activation(module: nn.Module) -> bool:
 def is_normalisation(module: nn.Module) -> bool:
     """Whether ``module`` divides by what it measures on its own input."""
     return passes(module) == "normalisation"
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm: one of torch's, or one that keeps a mean and a variance for each channel."""
+    if isinstance(module, BATCH_NORMS):
+        return True
+    mean, variance = (getattr(module, f"running_{part}", None) for part in ("mean", "var"))
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        return False
+    return mean.ndim == 1 and mean.shape == variance.shape
+
+
+def by_output(layer: nn.Module) -> Tensor:
+    """A layer's weight as (outputs, weights); a transposed convolution's is (inputs, outputs / groups, ...)."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if isinstance(layer, TRANSPOSED):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
+
+
+def for_weight(layer: nn.Module, values: Tensor) -> Tensor:
+    """One value for each output of a layer in a shape that multiplies its weight."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if isinstance(layer, TRANSPOSED):
+        values = values.view(layer.groups, -1).repeat_interleave(len(weight) // layer.groups, 0)
+        return values.reshape(*values.shape, *[1] * (weight.ndim - 2))
+    return values.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def is_elementwise(module: nn.Module) -> bool:

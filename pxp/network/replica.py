@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.parameter import is_lazy
 
 from .attention import make_explicit
+from .bake import bake
 from .layers import is_activation
 
 
@@ -24,28 +27,30 @@ def replica(model: nn.Module) -> nn.Module:
     """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
 
     The copy's parameters need no gradient, its activations are not in-place, its attentions show their parts (see
-    :class:`pxp.network.attention.Attention`), and the user's hooks come along.
+    :class:`pxp.network.attention.Attention`), and the user's hooks on the forward pass come along. Weights that are
+    computed from others have their values (see :mod:`pxp.network.bake`).
 
     Raises
     ------
     ValueError
-        A model with parametrised or torch-pruned weights, or one that cannot be copied.
+        A model that cannot be copied, or of a kind that :func:`check_openable` names; a weight that is another one each
+        time it is computed.
     """
+    check_openable(model)
     memo: dict[int, object] = {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): _shared(b) for b in model.buffers()}
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_orig"):
-            raise ValueError(
-                f"the weights of {name!r} are computed from others; make them permanent first "
-                "(torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove)"
-            )
+    for module in model.modules():
         # tensors that the model or a hook keeps of an earlier pass cannot be copied otherwise
         memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
     try:
         twin = copy.deepcopy(model, memo).eval()
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied, which explaining it needs: {error}") from error
+    bake(twin)
     for module in twin.modules():
+        # these see and may change the gradients of the user's own training
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
         elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
@@ -61,6 +66,82 @@ def _shared(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch.inference_mode(False):
         return tensor.clone()
+
+
+def check_openable(model: nn.Module) -> None:
+    """Raise ValueError, with what to do instead, for a model whose layers cannot be read or hooked.
+
+    That is one with TorchScript or quantised modules or with observers of a quantisation to come, with tensors of
+    another kind than torch's own (sharded or quantised ones), with lazy layers that have not run yet, or inside a
+    wrapper for several processes.
+    """
+    for name, module in model.named_modules():
+        kind, source = type(module).__name__, type(module).__module__
+        what = f"{name!r} ({kind})" if name else f"the model ({kind})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{what} is TorchScript, whose layers take no hooks; give the module that it was made of")
+        if source.startswith(("torch.ao.nn", "torch.nn")) and "quantized" in source:
+            raise ValueError(
+                f"{what} is quantised and has no gradient; explain and prune the network in floating point, and "
+                "quantise it afterwards"
+            )
+        if source in ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer"):
+            raise ValueError(
+                f"{what} prepares the model for quantisation and changes with every batch; explain and prune the "
+                "network before it is prepared"
+            )
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(f"{what} is a wrapper for several processes; give the whole network inside it: .module")
+        for part, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if is_lazy(tensor):
+                raise ValueError(f"{what} has not run yet, so its {part} has no shape; run the model on a batch first")
+            plain = type(tensor.detach()).__torch_dispatch__ is Tensor.__torch_dispatch__
+            if tensor.is_quantized or not plain:
+                raise ValueError(
+                    f"the {part} of {what} is a {type(tensor.data).__name__} of {tensor.dtype}, which no rule "
+                    "can read; give the network with ordinary tensors in floating point"
+                )
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters have a shape but no values."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"the parameter {name!r} is on the meta device, where it has no values; move the model "
+                '(model.to_empty(device="cpu")) and load its weights first'
+            )
+
+
+_eager: list[Any] = []  # the contexts that are open, in all threads; the first holds torch's
+_eager_lock = Lock()
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """A context in which compiled modules and functions run as they are written: compiled ones ignore new hooks.
+
+    Torch's own is one for all threads, so whoever comes first sets it and whoever leaves last gives it back.
+    """
+    stance = getattr(torch.compiler, "set_stance", lambda _: nullcontext())  # since torch 2.6
+    with _eager_lock:
+        _eager.append(None if _eager else stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            held = _eager[0]
+            _eager.pop()
+            if not _eager:
+                held.__exit__(None, None, None)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that there is no memory left; on the CPU it has no class of its own."""
+    said = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 @contextmanager

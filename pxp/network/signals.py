@@ -25,6 +25,7 @@ from .layers import GATE, Kind, kind_of, kind_of_function
 # (function, its arguments, its options, what it is) → its result, with another backward pass
 Pass = Callable[[Callable, tuple, dict, Kind], Any]
 ENDS = ("softmax", "log_softmax", "sigmoid")
+OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
 # of the second tensor only the shape or the type counts
 LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")
 
@@ -129,6 +130,9 @@ class Signals(TorchFunctionMode):
         given = [signal for tensor in tensors(inputs) if (signal := self.of(tensor)) is not None]
         if isinstance(output, Tensor) and (kind.passes == "softmax" or kind.name == "gate"):
             self._entered[output] = inputs[0]
+        weight = getattr(self.modules[name], "weight", None)
+        if kind.passes == "rule" and self.of(weight) is not None:
+            given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
         if given:
             self.mark(output, self._through(kind, given, name if kind.passes == "rule" else None))
 
@@ -198,8 +202,11 @@ class Signals(TorchFunctionMode):
 
         if kind is None:
             return fault(name.strip("_"))
-        if kind.name in ("convolution", "linear") or kind.passes == "attention":
-            return fault("attention" if kind.passes == "attention" else f"{name} with weights of its own")
+        if kind.passes == "attention":
+            return fault("attention")
+        if kind.passes == "rule":
+            weight = options.get("weight", args[1] if len(args) > 1 else None)
+            return fault(f"{name} with {OWN if self.of(weight) is None else DEPENDENT}")
         if kind.passes == "identity" and name.endswith("_") and not name.startswith("__"):
             return fault(f"{name}, in place")
         if kind.passes in ("identity", "normalisation", "glu"):
@@ -210,7 +217,7 @@ class Signals(TorchFunctionMode):
         first, second = self.of(one), self.of(other)
         if kind.name == "product of matrices":
             if len(known) < 2:
-                return fault(f"{name} with weights of its own")
+                return fault(f"{name} with {OWN}")
             if len({signal.soft for signal in signals}) == 2:
                 return fault("attention")
             return "half", signals

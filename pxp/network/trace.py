@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention
-from .layers import BATCH_NORMS, CONVOLUTIONS, is_activation
-from .replica import replica
+from .layers import CONVOLUTIONS, TRANSPOSED, is_activation, is_batch_norm
+from .replica import eager, out_of_memory, replica
 from .signals import Signal, Signals, tensors
 
 T = TypeVar("T")
@@ -33,7 +33,8 @@ class Trace:
     heads : dict
         Attention module → its number of heads, in order of execution.
     positions : dict
-        Layer → number of places (pixels, tokens) at which it computes each of its outputs for one image.
+        Layer → number of places (pixels, tokens) at which it computes each of its outputs for one image; of a
+        transposed convolution, at which it reads each of its inputs.
     overwritten : tuple of str
         Layers whose output is then changed in place (by a residual sum).
     functions : dict
@@ -44,6 +45,8 @@ class Trace:
     followed : bool
         Functions have to be followed in every pass that explains: there are products of signals, activations or
         normalisations that no module computes, or the network ends in a softmax.
+    elsewhere : tuple of str
+        BatchNorms that take something else too than the output of one layer.
     """
 
     order: tuple[str, ...]
@@ -55,6 +58,7 @@ class Trace:
     functions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gates: tuple[str, ...] = ()
     followed: bool = False
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -84,13 +88,18 @@ class _Call:
     layer: str
     output: _Key
     tensor: Tensor
+    read: Tensor
     norm: str = ""
     norm_output: _Key | None = None
     activation: str | None = None
 
 
+def _is_one(module: nn.Module) -> bool:
+    return is_activation(module) or is_batch_norm(module)
+
+
 class _Uses(Signals):
-    """Counts how many operations take each tensor. An activation module is one operation, whatever it computes."""
+    """Counts how many operations take each tensor. An activation or a BatchNorm is one, whatever it computes."""
 
     def __init__(self, twin: nn.Module, images: Tensor) -> None:
         super().__init__(twin, images)
@@ -99,7 +108,7 @@ class _Uses(Signals):
 
     def enter(self, name: str, inputs: tuple) -> None:
         super().enter(name, inputs)
-        if is_activation(self.modules[name]):
+        if _is_one(self.modules[name]):
             self.counts.update(_key(a) for a in inputs if isinstance(a, Tensor))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -109,7 +118,8 @@ class _Uses(Signals):
         # neither questions about a tensor (its shape) nor dropout in evaluation mode, which returns it as it is
         passed_on = isinstance(result, Tensor) and _key(result) in given
         module = self.modules[self.inside[-1]]
-        if isinstance(result, Tensor | tuple | list) and not passed_on and not is_activation(module):
+        asked = isinstance(result, torch.Size) or not isinstance(result, Tensor | tuple | list)
+        if not asked and not passed_on and not _is_one(module):
             self.counts.update(given.keys())
         return result
 
@@ -121,6 +131,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     producer: dict[_Key, _Call] = {}
     calls: list[_Call] = []
     heads: dict[str, int] = {}
+    runs: Counter[str] = Counter()  # of BatchNorms
 
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -129,7 +140,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             if not isinstance(output, Tensor):
                 return
             source = producer.get(_key(inputs[0]))
-            if isinstance(module, BATCH_NORMS):
+            if is_batch_norm(module):
+                runs[name] += 1
                 if source is None or source.norm:
                     return
                 source.norm, source.norm_output, source.tensor = name, _key(output), output
@@ -138,7 +150,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
                 if source is not None and source.activation is None:
                     source.activation = name
             else:
-                calls.append(_Call(name, _key(output), output))
+                calls.append(_Call(name, _key(output), output, inputs[0]))
                 producer[_key(output)] = calls[-1]
 
         return hook
@@ -147,19 +159,25 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         images = images.clone() if images.is_inference() else images
     uses = _Uses(twin, images)
     for name, module in modules.items():
-        if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)) or is_activation(module):
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_batch_norm(module) or is_activation(module):
             module.register_forward_hook(note(name, module))
         elif isinstance(module, Attention):
             module.heads.register_forward_hook(
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
-    with torch.inference_mode(False), torch.no_grad(), uses.watching():
+    with torch.inference_mode(False), torch.no_grad(), eager(), uses.watching():
         output = twin(images)
     reached = uses.of(next(tensors(output), None)) or Signal()
     faults: dict[str, dict[str, None]] = {}
     for name, what in sorted(reached.faults):
         faults.setdefault(name, {})[what] = None
 
+    its_own = [name for name, module in modules.items() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+    if its_own and not calls and not heads:
+        raise ValueError(
+            f"none of the layers of {type(model).__name__} runs in a copy of it, so its forward pass runs those of "
+            "another object, or none; define forward in the class, with layers of self"
+        )
     norms: dict[str, list[str]] = {}
     positions: dict[str, int] = {}
     overwritten: dict[str, None] = {}
@@ -171,11 +189,14 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         if uses.counts[call.norm_output or call.output] != 1:
             call.activation = None
         norms.setdefault(call.layer, []).append(call.norm)
-        components = call.tensor.shape[-1 if isinstance(modules[call.layer], nn.Linear) else 1]
-        positions[call.layer] = positions.get(call.layer, 0) + call.tensor[0].numel() // components
+        layer = modules[call.layer]
+        placed = call.read if isinstance(layer, TRANSPOSED) else call.tensor
+        components = placed.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        positions[call.layer] = positions.get(call.layer, 0) + placed[0].numel() // components
         if _key(call.tensor) != (call.norm_output or call.output):
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
+    merged = Counter(call.norm for call in calls)
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
         tuple(norms),
@@ -187,6 +208,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         {name: tuple(found) for name, found in faults.items()},
         tuple(layer for layer, bit in uses.layers.items() if not reached.layers & bit),
         uses.changed or (isinstance(output, Tensor) and uses.logits(output) is not output),
+        tuple(norm for norm, number in runs.items() if number > merged[norm]),
     )
 
 
@@ -200,7 +222,8 @@ def example_input(model: nn.Module, example: Tensor | None = None) -> Tensor:
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        replica(model)(images)
+        with eager():
+            replica(model)(images)
         return images
 
     return _first_that_works(model, example, run)
@@ -215,6 +238,8 @@ def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[T
         try:
             return use(example[:1].to(reference))
         except (RuntimeError, ValueError, AssertionError) as problem:
+            if out_of_memory(problem):
+                raise
             shape = tuple(example.shape)
             raise ValueError(f"the model does not accept images of shape {shape}: {problem}") from problem
     candidates = _input_shapes(model)
@@ -223,6 +248,8 @@ def _first_that_works(model: nn.Module, example: Tensor | None, use: Callable[[T
         try:
             return use(torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
         except (RuntimeError, ValueError, AssertionError) as problem:
+            if out_of_memory(problem):
+                raise
             error = problem
     raise ValueError(
         f"could not guess an input of {type(model).__name__} (tried {', '.join(map(str, candidates)) or 'nothing'}); "

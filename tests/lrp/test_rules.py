@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -76,6 +77,164 @@ SMALL = ["mlp", "vgg", "resnet", "bottleneck", "grouped", "conv1d"]
 @pytest.mark.parametrize("name", SMALL)
 def test_components_and_input_agree_with_zennit(name, rule, zero_params):
     _agrees(name, rule, zero_params)
+
+
+def upsampling() -> tuple[nn.Module, Tensor]:
+    """Transposed convolutions with a BatchNorm behind, with and without a ReLU; inputs of both signs."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1),
+        nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 5, (2, 3), dilation=2, padding=1, bias=False),
+        nn.AvgPool2d(2), nn.ConvTranspose2d(5, 4, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    return randomise(model), torch.randn(3, 2, 7, 7).double()
+
+
+def volumes() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.ConvTranspose3d(2, 4, 2, stride=2), nn.BatchNorm3d(4), nn.ReLU(), nn.Flatten(2), nn.ConvTranspose1d(4, 3, 3),
+        nn.ReLU(), nn.Flatten(), nn.Linear(3 * 66, 3),
+    )  # fmt: skip
+    return randomise(model), torch.randn(3, 2, 2, 2, 2).double()
+
+
+@pytest.mark.parametrize("rule", [*RULES, *INPUT_RULES])
+@pytest.mark.parametrize("make", [upsampling, volumes])
+def test_transposed_convolutions_agree_with_zennit(make, rule):
+    ours, theirs = (RULES | INPUT_RULES)[rule]
+    (model, x), labels = make(), torch.arange(3)
+    units = pxp.find_components(model, example=x)
+    if rule in INPUT_RULES:
+        first, lrp = units.trace.order[0], pxp.LRP(pxp.Epsilon(TINY), input=ours(None))
+        rule_of = lambda layer: theirs(None) if layer == first else zennit_rules.Epsilon(TINY)  # noqa: E731
+    else:
+        lrp, rule_of = pxp.LRP(ours(None)), lambda layer: theirs(None)
+    heat, signed, _ = zennit_relevance(model, x, labels, rule_of)
+    found = pxp.attribute(model, (x, labels), units, lrp)
+    assert max(relative(found.signed[layer], signed[layer]) for layer in units) < 1e-8
+    assert relative(pxp.heatmap(model, x, labels, lrp), heat) < 1e-8
+
+
+class Up(nn.Module):
+    """A transposed convolution, or the same map as a matrix; the size of its output is told, as in a U-Net."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], size: tuple[int, ...], matrix: bool) -> None:
+        super().__init__()
+        self.layer, self.size, self.matrix = layer, size, None
+        if matrix:
+            inputs = math.prod(shape)
+            with torch.no_grad():
+                nothing = layer(torch.zeros(1, *shape).double(), output_size=size)
+                every = layer(torch.eye(inputs).double().view(inputs, *shape), output_size=size)
+                self.matrix = nn.Linear(inputs, nothing.numel()).double()
+                self.matrix.weight.copy_((every - nothing).flatten(1).t())
+                self.matrix.bias.copy_(nothing.flatten())
+            self.shape = nothing.shape[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            self.layer(x, output_size=self.size)
+            if self.matrix is None
+            else self.matrix(x.flatten(1)).view(-1, *self.shape)
+        )
+
+
+MAPS = {
+    "grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 3, 3), (8, 7)),
+    "padded": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=3, padding=1, dilation=2, bias=False), (2, 3, 2), (11, 7)),
+    "1d": (lambda: nn.ConvTranspose1d(4, 4, 4, stride=3, groups=4), (4, 5), (18,)),
+    "3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=2), (2, 2, 2, 2), (4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "epsilon",
+        pxp.Gamma(0.25),
+        pxp.Gamma(0.25, zero_params="bias"),
+        "zplus",
+        "alpha2beta1",
+        "flat",
+        "wsquare",
+        pxp.ZBox(-4, 4),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", MAPS)
+def test_a_transposed_convolution_is_the_same_map_as_a_matrix(name, rule):
+    make, shape, size = MAPS[name]
+    layer = make().double()
+    both = [Up(layer, shape, size, matrix) for matrix in (False, True)]
+    outputs = both[0](torch.zeros(1, *shape).double()).numel()
+    last = nn.Linear(outputs, 3).double()
+    x, labels = torch.randn(3, *shape).double(), torch.arange(3)
+    for signed in (x, x.abs()):
+        heats = []
+        for up in both:
+            model = nn.Sequential(up, nn.ReLU(), nn.Flatten(), last).eval()
+            lrp = (
+                pxp.LRP("epsilon", input=rule) if rule in ("flat", "wsquare") or "ZBox" in repr(rule) else pxp.LRP(rule)
+            )
+            heats.append(pxp.heatmap(model, signed, labels, lrp))
+        if rule == "flat":  # a matrix has weights also where the convolution has none
+            assert heats[0].isfinite().all() and bool((heats[0] != 0).any())
+        else:
+            assert relative(*heats) < 1e-9
+
+
+class Columns(nn.Module):
+    """Linear layers over the channels and over the tokens, which they see transposed, and one over a slice."""
+
+    def __init__(self, contiguous: bool) -> None:
+        super().__init__()
+        self.one, self.tokens, self.part = nn.Linear(6, 8), nn.Linear(5, 5), nn.Linear(4, 7)
+        self.relu, self.head, self.contiguous = nn.ReLU(), nn.Linear(7, 3), contiguous
+
+    def forward(self, x: Tensor) -> Tensor:
+        tidy = (lambda value: value.contiguous()) if self.contiguous else (lambda value: value)
+        x = self.relu(self.one(tidy(x.flip(1)[:, ::1])))
+        x = self.relu(self.tokens(tidy(x.transpose(1, 2)))).transpose(1, 2)
+        x = self.relu(self.part(tidy(x[..., ::2])))
+        return self.head(tidy(x.permute(1, 0, 2)).mean(0))
+
+
+@pytest.mark.parametrize(
+    "rule", ["epsilon", "gamma", "zplus", "alpha2beta1", pxp.Gamma(0.1, zero_params="bias")], ids=repr
+)
+def test_inputs_that_are_views(rule):
+    x, labels = torch.randn(3, 5, 6).double(), torch.arange(3)
+    model = randomise(Columns(False))
+    tidy = Columns(True).double().eval()
+    tidy.load_state_dict(model.state_dict())
+    units = pxp.find_components(model, "neuron", example=x)
+    assert list(units) == ["one", "tokens", "part"]
+    one, two = (pxp.attribute(each, (x, labels), units, pxp.LRP(rule)) for each in (model, tidy))
+    assert all(relative(one.signed[name], two.signed[name]) < 1e-10 for name in units)
+    assert relative(*(pxp.heatmap(each, x, labels, pxp.LRP(rule)) for each in (model, tidy))) < 1e-10
+
+
+class Viewing(nn.Linear):
+    """Its output is a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)).view(len(x), -1)[:, :]
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "gamma", "zplus", "alpha2beta1"])
+def test_outputs_that_are_views(rule):
+    model = randomise(
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), Viewing(48, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    )
+    plain = nn.Sequential(*model[:2], nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), model[4]).double().eval()
+    plain[3].load_state_dict(model[2].state_dict())
+    x, labels = torch.randn(3, 1, 6, 6).double(), torch.arange(3)
+    assert relative(*(pxp.heatmap(each, x, labels, pxp.LRP(rule)) for each in (model, plain))) < 1e-10
+    units, same = (pxp.find_components(each, "neuron", example=x) for each in (model, plain))
+    one, two = (
+        pxp.attribute(model, (x, labels), units, pxp.LRP(rule)),
+        pxp.attribute(plain, (x, labels), same, pxp.LRP(rule)),
+    )
+    assert relative(one.signed["2"], two.signed["3"]) < 1e-10
 
 
 @pytest.mark.parametrize("rule", ["epsilon", "gamma 0.25", "zplus", "alpha2beta1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from conftest import Grouped, mlp, network, randomise, relative, without_biases
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from vits import two_blocks
 
 import pxp
@@ -438,3 +440,59 @@ def test_costs_by_hand():
     assert head.flops == 2 * 10 * 4 * (4 * 12) + 2 * 2 * 10 * 10 * 4
     assert neuron.parameters == 12 + 1 + 12 and neuron.flops == 2 * 10 * 24
     assert output.parameters == 10 + 1 and output.flops == 2 * 10 * 10
+
+
+# --- transposed convolutions -------------------------------------------------------------------------------------
+
+
+def upsampling(groups: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups, output_padding=1),
+        nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, groups=groups), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_of_transposed_convolutions(groups, untouched):
+    model, x = randomise(upsampling(groups)), torch.randn(40, 1, 7, 7).double()
+    with torch.no_grad():
+        model[9].bias -= model(x).mean(0)
+        labels = model(x).argmax(1)
+    untouched(model)
+    units = pxp.find_components(model, example=x)
+    assert {name: (layer.size, layer.site) for name, layer in units.items()} == {
+        "0": (4, ("0",)), "2": (6, ("3",)), "5": (4, ("5",)),
+    }  # fmt: skip
+    # what one filter costs, by hand and by torch's counter
+    assert units["2"].parameters == 4 // groups * 9 + 1 and units["2"].flops == 2 * 25 * (4 // groups) * 9
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model[2](torch.zeros(1, 4, 5, 5).double())
+    assert counter.get_total_flops() == units["2"].flops * 6
+    # a filter's weights are those of which its output is made
+    weights = pxp.attribute(model, None, units, pxp.Magnitude())["2"]
+    factor = (model[3].weight / (model[3].running_var + model[3].eps).sqrt()).detach()
+    for index in range(6):
+        group, place = divmod(index, 6 // groups)
+        own = model[2].weight.detach().unflatten(0, (groups, -1))[group, :, place] * factor[index]
+        assert float(weights[index]) == pytest.approx(float(own.norm()), rel=1e-9)
+    scores = pxp.attribute(model, (x[:4], labels[:4]), units, pxp.LRP("zplus"))
+    expected = []
+    for rate in (0, 0.2, 0.5):
+        mask = scores.select(rate)
+        zeroed = copy.deepcopy(model)
+        with torch.no_grad():
+            zeroed[0].weight[~mask["0"]], zeroed[0].bias[~mask["0"]] = 0, 0
+            zeroed[3].weight[~mask["2"]], zeroed[3].bias[~mask["2"]] = 0, 0
+            kept = mask["5"].view(groups, -1).repeat_interleave(6 // groups, 0)[..., None, None]
+            zeroed[5].weight.mul_(kept)
+            zeroed[5].bias[~mask["5"]] = 0
+            with pxp.masked(model, mask):
+                assert relative(model(x), zeroed(x)) < 1e-12
+                expected.append(pxp.accuracy(model, (x, labels)))
+    assert pxp.pruning_curve(model, scores, (x, labels), rates=(0, 0.2, 0.5)).runs[0] == tuple(expected)
+    assert len(set(expected)) > 1
+    with pytest.raises(
+        ValueError, match=r"'[25]' is a transposed convolution, of which compaction cannot take anything"
+    ):
+        pxp.compact(model, mask, example=x)
