@@ -7,6 +7,7 @@ from . import plots
 from .attribute import attribute, heatmap
 from .budget import latencies, within_budget
 from .compaction.compact import compact, load_compact, save_compact
+from .conservation import Conservation, conservation
 from .cost import Cost, compare_costs, cost
 from .criteria import Activation, Criterion, IntegratedGradients, Magnitude, Random, Taylor
 from .data import load_dataset, reference_samples
@@ -17,6 +18,7 @@ from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
 from .masks import Mask, masked
 from .models import load_model, model_card
 from .network.components import Components, find_components
+from .network.layers import register_layer
 from .recover import finetune, prune_gradually
 from .scores import Scores
 from .search.space import search_space
@@ -34,6 +36,7 @@ __all__ = [
     "AttnLRP",
     "Comparison",
     "Components",
+    "Conservation",
     "Cost",
     "Criterion",
     "Curve",
@@ -55,6 +58,7 @@ __all__ = [
     "compact",
     "compare",
     "compare_costs",
+    "conservation",
     "cost",
     "depth_groups",
     "find_components",
@@ -72,6 +76,7 @@ __all__ = [
     "prune_gradually",
     "pruning_curve",
     "reference_samples",
+    "register_layer",
     "save_compact",
     "save_curves",
     "save_study",

@@ -71,7 +71,7 @@ def attribute(
     """
     if not isinstance(units, Components):
         raise TypeError(f"units must come from pxp.find_components, got {type(units).__name__}")
-    asked = _asked(criterion)
+    asked = as_criterion(criterion)
     units.check(model)
     signed: dict[str, Tensor] = {}
     magnitude: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ def heatmap(
     TypeError
         A criterion that explains no input.
     """
-    asked = _asked(criterion)
+    asked = as_criterion(criterion)
     targets = torch.full((len(images),), targets) if isinstance(targets, int) else targets
     with torch.inference_mode(False), torch.enable_grad():
         both = checked(model, images, targets)
@@ -162,7 +162,7 @@ class _OfZennit(Criterion):
                 yield probe.relevance(images, labels, carried=carried)
 
 
-def _asked(criterion: Criterion | Composite) -> Criterion:
+def as_criterion(criterion: Criterion | Composite) -> Criterion:
     if isinstance(criterion, Composite):
         return _OfZennit(criterion)
     if not isinstance(criterion, Criterion):

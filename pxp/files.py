@@ -58,6 +58,8 @@ def load_tensors(path: str | Path, what: str) -> tuple[Components, dict[str, dic
             found["positions"],
             tuple(found["overwritten"]),
             {name: tuple(called) for name, called in found.get("functions", {}).items()},
+            tuple(found.get("gates", ())),
+            found.get("followed", False),
             tuple(found.get("elsewhere", ())),
         )
         layers = [Layer(**{**entry, "site": tuple(entry["site"])}) for entry in header["layers"]]

@@ -207,6 +207,27 @@ def scores_per_layer(scores: Scores, ax: Axes | None = None, *, signed: bool = F
     return ax
 
 
+def conservation(named: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+    """Relevance that arrives at every layer, from the input to the output; a line per :class:`pxp.Conservation`."""
+    ax = _axes(ax)
+    for index, (label, found) in enumerate(named.items()):
+        values = [found.input, *found.arrives.values(), found.start]
+        ax.plot(
+            np.arange(len(values)),
+            values,
+            color=COLORS[index % len(COLORS)],
+            linestyle=LINES[index % len(LINES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            label=label,
+        )
+    names = ["input", *next(iter(named.values())).arrives, "logit"]
+    ax.set_xticks(np.arange(len(names)), names, rotation=60, ha="right", fontsize=10)
+    ax.set(xlabel="layer, in the order of execution", ylabel="relevance that arrives")
+    ax.legend(title="criterion")
+    return ax
+
+
 def heatmaps(
     images: Tensor, relevances: Mapping[str, Tensor], titles: Sequence[str] = (), *, percentile: float = 99.5
 ) -> Figure:

@@ -13,11 +13,14 @@ from tqdm.auto import tqdm
 from zennit.core import Composite
 
 from .data import Data, batches
+from .lrp.passes import FUNCTIONS
 from .network.bake import need_weight
+from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
 from .network.layers import by_output
 from .network.replica import check_values, eager, out_of_memory, replica
+from .network.signals import Signals
 from .network.trace import Trace
 
 
@@ -73,6 +76,9 @@ class Probe:
         options = {"delay": 5, "leave": False, "disable": not self._progress}
         for images, labels in tqdm(parts, desc="attribute", unit="batch", **options):
             images, labels = checked(self.model, images, labels)
+            if self.samples == 0 and once(self.model, "replica"):
+                with forgotten(self.model):
+                    check_replica(self.model, self.twin, self.structure, images[:2])
             yield images, labels
             self.samples += len(labels)
 
@@ -186,11 +192,16 @@ class Probe:
         missing = [layer for name, layer in self.units.items() if name not in found]
         return found | {e.name: torch.zeros(len(labels), 1, e.size, device=labels.device) for e in missing}
 
-    def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
-        """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
+    def logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Run the network: (samples, classes), which have these labels; what enters a softmax at its end."""
         try:
             with eager():
-                logits = self.twin(images)
+                if self.structure.followed:
+                    with Signals(self.twin, images, FUNCTIONS).watching() as signals:
+                        output = self.twin(images)
+                    logits = signals.logits(output)
+                else:
+                    logits = self.twin(images)
         except (RuntimeError, AssertionError) as error:
             if out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(
@@ -208,6 +219,11 @@ class Probe:
                 f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
                 f"(0 to {logits.shape[1] - 1})"
             )
+        return logits
+
+    def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
+        """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
+        logits = self.logits(images, labels)
         target = logits.gather(1, labels[:, None]).squeeze(1)
         if carried:
             return (target * target.detach()).sum()

@@ -34,7 +34,9 @@ def test_every_citation_is_in_the_bibliography():
 
 
 def test_every_public_name_has_its_place_in_the_api():
-    pages = "".join((ROOT / f"book/{page}.md").read_text(encoding="utf8") for page in ("api", "own-criterion"))
+    pages = "".join(
+        (ROOT / f"book/{page}.md").read_text(encoding="utf8") for page in ("api", "own-criterion", "own-layer")
+    )
     listed = re.findall(r"^\.\. auto\w+:: pxp\.(\w+)$", pages, re.MULTILINE)
     assert sorted(listed) == sorted(pxp.__all__)
 

@@ -14,11 +14,13 @@ from zennit.core import Composite, Hook
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
 from ..network.bake import need_weight
-from ..network.layers import ACTIVATIONS, CONVOLUTIONS, NORMALISATIONS, is_activation, is_normalisation
+from ..network.check import forgotten, once
+from ..network.layers import CONVOLUTIONS, passes
 from ..network.replica import replica
 from ..network.trace import Trace, trace_model
-from .passes import Constant, Half, Identity, Normalisation
-from .rules import Rule, make_rule
+from .balance import check_balance
+from .passes import Identity, Normalisation
+from .rules import Epsilon, Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
 if TYPE_CHECKING:
@@ -145,9 +147,11 @@ class LRP(Criterion):
     Notes
     -----
     In transformers, GELU and SiLU pass relevance on unchanged, LayerNorm divides by a constant, and residual sums share
-    it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there.
-    These rules are for modules: :meth:`composite` refuses a network that calls ``F.gelu`` or computes an attention by
-    itself, but cannot know one that writes an activation out, as in ``x * torch.sigmoid(x)``.
+    it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there. Of two
+    signals that are multiplied, one that ends in a sigmoid, tanh or softmax is a gate, a constant factor; otherwise
+    each gets half. This holds for modules and for functions. An operation on the way to the output that is in no table
+    (:mod:`pxp.network.layers`) is an error that names it, and once per model its copy is compared with it and
+    conservation is tried on one image (:mod:`pxp.lrp.balance`).
 
     Raises
     ------
@@ -226,6 +230,9 @@ class LRP(Criterion):
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         with probe.rules(self.composite(probe.model, probe.structure)):
             for images, labels in probe.batches():
+                if once(probe.model, "balance"):
+                    with forgotten(probe.model):
+                        check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
                 yield probe.relevance(images, labels, start=self.start, steps=self.path_steps)
 
     def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
@@ -246,9 +253,8 @@ class LRP(Criterion):
         Raises
         ------
         ValueError
-            An attention of a class that there is no rule for; an activation or a normalisation that is called as a
-            function (a ReLU may be: its derivative is its rule); a layer whose weight depends on the input, or that
-            computes something else than its class does.
+            An attention of a class that there is no rule for; an operation on the way to the output for which there is
+            none; a layer whose weight depends on the input, or that computes something else than its class does.
         """
         if structure is None:
             structure = trace_model(model)
@@ -258,19 +264,11 @@ class LRP(Criterion):
             name, its_class = next(iter(unsupported.items()))
             raise ValueError(f"there is no LRP rule for {name!r} ({its_class}); supported are {SUPPORTED}")
         modules = dict(twin.named_modules())
-        for name, called in structure.functions.items():
-            for function in called:
-                instead = (ACTIVATIONS | NORMALISATIONS).get(function)
-                if instead is not None:
-                    raise ValueError(
-                        f"{name!r} ({type(modules[name]).__name__}) calls {function} as a function, which no LRP rule "
-                        f"reaches; let it call a module: torch.nn.{instead.__name__}"
-                    )
-            if "dynamic weight" in called:
-                raise ValueError(
-                    f"{name!r} ({type(modules[name]).__name__}) computes with a weight that depends on the input, for "
-                    "which there is no LRP rule; use another criterion, such as pxp.Taylor"
-                )
+        for name, found in structure.functions.items():
+            raise ValueError(
+                f"{name!r} ({type(modules[name]).__name__}) computes {', '.join(found)}, for which there is no LRP "
+                "rule; let it call a module of torch, or tell what it is like with pxp.register_layer"
+            )
         for name in structure.order:
             need_weight(name, modules[name])
         groups = depth_groups(twin, structure)
@@ -281,23 +279,14 @@ class LRP(Criterion):
             activation = structure.activations.get(name)
             rule.rectified = activation is not None and type(modules[activation]) is nn.ReLU
             hooks[name] = rule
-        for name, module in modules.items():
-            if is_activation(module) and not isinstance(module, nn.ReLU | nn.LeakyReLU):
-                hooks[name] = Identity()
         for name in structure.heads:
             hooks[name] = make_softmax_rule(self.softmax, self.zero_params)
         for name, module in modules.items():
-            if is_normalisation(module):
-                hooks[name] = Normalisation()
-            elif type(module).__name__ in ("SwiGLU", "GluMlp") and isinstance(
-                getattr(module, "drop1", None), nn.Module
-            ):
-                hooks[f"{name}.drop1"] = Half()  # timm's gated MLPs: the module right behind the product
-        for name, module in modules.items():
-            # the gates of squeeze-and-excitation blocks of torchvision and of timm
-            for gate in ("scale_activation", "gate"):
-                if isinstance(getattr(module, gate, None), nn.Module) and is_activation(getattr(module, gate)):
-                    hooks[f"{name}.{gate}" if name else gate] = Constant()
+            match passes(module):
+                case "identity":
+                    hooks[name] = Identity()
+                case "normalisation":
+                    hooks[name] = Normalisation()
         return LayerComposite(hooks, groups)
 
     def __repr__(self) -> str:
@@ -314,3 +303,6 @@ class LRP(Criterion):
         parts += [f"softmax={self.softmax!r}"] if self.softmax != "attnlrp" else []
         parts += [f"absolute={self.absolute!r}"] if self.absolute != "token" else []
         return f"LRP({', '.join(parts)})"
+
+
+EXACT = LRP(Epsilon(0), softmax="cp")  # the derivative of every layer, attention weights as constants

@@ -1,12 +1,15 @@
-"""What passes relevance on: activations, normalisations, products and gates."""
+"""What passes relevance on: activations, normalisations, products and gates, as modules and as functions."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Hook
 
-from .carry import Anew, Carry
+from ..network.layers import Kind, kind_of
+from .carry import Anew, Carry, scaled
 
 
 class Identity(Hook):
@@ -33,9 +36,9 @@ class Identity(Hook):
 
 
 class Normalisation(Hook):
-    """LayerNorm and RMSNorm: the division by the standard deviation is by a constant (Ali et al. 2022).
+    """Normalisations of a sample by its own values: the standard deviation is a constant (Ali et al. 2022).
 
-    What remains is linear: y = (x − mean) · w/std + b, and without the mean in RMSNorm.
+    What remains is linear: y = (x − mean) · w/std + b, and without the mean where it is not subtracted.
     """
 
     def register(self, module: nn.Module):
@@ -43,45 +46,109 @@ class Normalisation(Hook):
 
     @staticmethod
     def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        x = inputs[0]
-        if not x.requires_grad:
-            return None
+        x, kind = inputs[0], kind_of(module)
+        if not x.requires_grad or getattr(module, "running_mean", None) is not None:
+            return None  # by running statistics, which are constants
+        assert kind is not None
         weight: Tensor | None = getattr(module, "weight", None)
-        channels_first = "2d" in type(module).__name__
-        dims = (1,) if channels_first else tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
-        if weight is not None and channels_first:
-            weight = weight.reshape(-1, 1, 1)
-        centred = isinstance(module, nn.LayerNorm)
-        value = x.detach()
-        square = value.var(dims, correction=0, keepdim=True) if centred else value.square().mean(dims, keepdim=True)
-        stabiliser = getattr(module, "eps", None)
-        scale = (square + (torch.finfo(x.dtype).eps if stabiliser is None else stabiliser)).rsqrt()
-
-        def weigh(grad: Tensor, scale: Tensor) -> tuple[Tensor]:
-            flow = grad * scale if weight is None else (grad * weight).mul_(scale)
-            return (flow.sub_(flow.mean(dims, keepdim=True)) if centred else flow,)
-
-        return Carry.apply((output.detach(),), (scale,), weigh, x)
+        groups = 0
+        dims: tuple[int, ...] = (1,)
+        if kind.over == "last":
+            dims = tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
+        elif kind.over == "groups":
+            groups = module.num_groups  # type: ignore[assignment]
+        elif kind.over == "places":
+            groups = x.shape[1]
+        if weight is not None and kind.over != "last":
+            weight = _by_channel(weight, x)
+        return normalised(x, output, weight, dims, groups, kind.centred, getattr(module, "eps", None))
 
 
-class Half(Hook):
-    """A product of two signals gives half of its relevance to each (Achtibat et al. 2024, eq. 11).
+def _by_channel(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.reshape(-1, *[1] * (x.ndim - 2))
 
-    Placed behind the product: halving what flows back there halves it on both ways.
+
+def normalised(
+    x: Tensor,
+    output: Tensor,
+    weight: Tensor | None,
+    dims: tuple[int, ...],
+    groups: int,
+    centred: bool,
+    epsilon: float | None,
+) -> Tensor:
+    """A normalisation's output with the backward pass of a division by a constant.
+
+    Over ``dims``, or over each of ``groups`` of channels with all their places.
     """
+    value = x.detach()
+    if groups:
+        value, dims = value.reshape(len(x), groups, -1), (2,)
+    square = value.var(dims, correction=0, keepdim=True) if centred else value.square().mean(dims, keepdim=True)
+    scale = (square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon)).rsqrt()
 
-    def register(self, module: nn.Module):
-        return module.register_forward_hook(self._hook)
+    def weigh(grad: Tensor, scale: Tensor) -> tuple[Tensor]:
+        flow = grad if weight is None else grad * weight
+        flow = flow.reshape(value.shape) * scale
+        flow = flow.sub_(flow.mean(dims, keepdim=True)) if centred else flow
+        return (flow.reshape(grad.shape),)
 
-    @staticmethod
-    def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not output.requires_grad:
-            return None
-        return Carry.apply((output.detach(),), (), lambda grad: (grad / 2,), output)
+    return Carry.apply((output.detach(),), (scale,), weigh, x)
 
 
-class Constant(Hook):
-    """A gate is a constant factor: the signal that it multiplies takes all the relevance (Arras et al. 2017)."""
+# --- what a model computes by functions, not by modules ---------------------------------------------------------------
 
-    def register(self, module: nn.Module):
-        return module.register_forward_hook(lambda module, inputs, output: output.detach())
+
+def _identity(function: Callable, args: tuple, options: dict, kind: Kind) -> Tensor:
+    x = args[0]
+    # never in place: the value before is needed
+    options = {**options, "inplace": False} if "inplace" in options else options
+    value = function(x.detach(), *(False if a is True else a for a in args[1:]), **options)
+    if not x.requires_grad:
+        return value
+    known = x.detach()
+    return Carry.apply((value,), (torch.where(known == 0, 0, value / known),), scaled, x)
+
+
+def _normalisation(function: Callable, args: tuple, options: dict, kind: Kind) -> Tensor:
+    output = function(*args, **options)
+    x = args[0]
+    if not x.requires_grad:
+        return output
+    names = {
+        "last": ("input", "normalized_shape", "weight", "bias", "eps") if kind.centred
+        else ("input", "normalized_shape", "weight", "eps"),
+        "groups": ("input", "num_groups", "weight", "bias", "eps"),
+        "places": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+        "given": ("input", "p", "dim", "eps"),
+    }[kind.over]  # fmt: skip
+    given = {**dict(zip(names, args, strict=False)), **options}
+    if kind.over == "given":
+        norm = x.detach().norm(given.get("p", 2.0), given.get("dim", 1), keepdim=True)
+        scale = 1 / norm.clamp(min=given.get("eps", 1e-12))
+        return Carry.apply((output.detach(),), (scale,), lambda grad, scale: (grad * scale,), x)
+    if kind.over == "places" and not given.get("use_input_stats", True):
+        return output
+    dims = tuple(range(-len(given["normalized_shape"]), 0)) if kind.over == "last" else ()
+    groups = given.get("num_groups", 0) if kind.over != "places" else x.shape[1]
+    weight = given.get("weight")
+    if weight is not None and kind.over != "last":
+        weight = _by_channel(weight, x)
+    return normalised(x, output, weight, dims, groups, kind.centred, given.get("eps", 1e-5 if kind.centred else None))
+
+
+def _half(function: Callable, args: tuple, options: dict, kind: Kind) -> Tensor:
+    """A product of two signals gives half of its relevance to each (Achtibat et al. 2024, eq. 11)."""
+    result = function(*args, **options)
+    if result.requires_grad:
+        result.register_hook(lambda grad: grad / 2)
+    return result
+
+
+def _glu(function: Callable, args: tuple, options: dict, kind: Kind) -> Tensor:
+    """The second half of a gated linear unit is a gate, a constant factor."""
+    signal, gate = args[0].chunk(2, args[1] if len(args) > 1 else options.get("dim", -1))
+    return signal * torch.sigmoid(gate).detach()
+
+
+FUNCTIONS = {"identity": _identity, "normalisation": _normalisation, "half": _half, "glu": _glu}

@@ -64,11 +64,16 @@ class Components(Mapping[str, Layer]):
         What was seen of the model's structure when the components were searched.
     model : nn.Module or None
         The model that they were found in, if it still exists.
+    left_out : int
+        Components of this kind that only weigh others, inside gates, and were not asked for.
     """
 
-    def __init__(self, kind: str, layers: list[Layer], trace: Trace, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, kind: str, layers: list[Layer], trace: Trace, model: nn.Module | None = None, left_out: int = 0
+    ) -> None:
         self.kind = kind
         self.trace = trace
+        self.left_out = left_out
         self._layers = {layer.name: layer for layer in layers}
         self._model = None if model is None else weakref.ref(model)
 
@@ -169,13 +174,14 @@ class Components(Mapping[str, Layer]):
 
     def __repr__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self))
-        rows = [f"{self.describe()} in {len(self)} layers", f"  {'layer':<{width}}  size  output taken at"]
+        inside = f"; {self.left_out:,} inside gates are left out (gates=True)" if self.left_out else ""
+        rows = [f"{self.describe()} in {len(self)} layers{inside}", f"  {'layer':<{width}}  size  output taken at"]
         rows += [f"  {layer.name:<{width}}  {layer.size:4}  {', '.join(layer.site)}" for layer in self.values()]
         return "\n".join(rows)
 
 
 def find_components(
-    model: nn.Module, kind: str | Sequence[str] = "filter", *, example: Tensor | None = None
+    model: nn.Module, kind: str | Sequence[str] = "filter", *, gates: bool = False, example: Tensor | None = None
 ) -> Components:
     """Find the components of a model by running it once on a replica; no name is hard-coded.
 
@@ -190,6 +196,9 @@ def find_components(
         Hatefi et al. 2024 prune them together with the neurons. Such an output is what the block adds to one coordinate
         of the residual stream: pruning it saves a row of weights, but the coordinate itself stays, since other blocks
         write to it too. Several kinds are scored in one pass and ranked together.
+    gates : bool, default False
+        Also those inside gates, such as the filters of a squeeze-and-excitation block. They only weigh what others
+        compute, so an explanation that takes gates as constants gives them relevance 0, and they would be pruned first.
     example : Tensor, optional
         One batch of inputs. Default: zeros of a shape that the model accepts, found by trying the usual image sizes
         (or the first linear layer's features).
@@ -230,7 +239,13 @@ def find_components(
         if unsupported:
             name, its_class = next(iter(unsupported.items()))
             raise ValueError(f"the heads of {name!r} ({its_class}) cannot be told apart; supported are {SUPPORTED}")
-    found = {known: _layers(known, structure, twin) for known in KINDS}
+    every = {known: _layers(known, structure, twin) for known in KINDS}
+    found = {
+        known: [layer for layer in layers if gates or not _gates(layer, structure)] for known, layers in every.items()
+    }
+    left_out = sum(layer.size for one in kinds for layer in every[one]) - sum(
+        e.size for one in kinds for e in found[one]
+    )
     for one in kinds:
         if not found[one]:
             others = [f"{len(layers)} {known} layers" for known, layers in found.items() if layers]
@@ -240,7 +255,13 @@ def find_components(
             )
     order = {name: position for position, name in enumerate(_run_order(structure))}
     layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
-    return Components("+".join(kinds), layers, structure, model)
+    return Components("+".join(kinds), layers, structure, model, left_out)
+
+
+def _gates(layer: Layer, structure: Trace) -> bool:
+    """Whether the output depends on a layer only through gates."""
+    inner = [name for name in structure.order if name == layer.name or name.startswith(f"{layer.name}.")]
+    return all(name in structure.gates for name in inner)
 
 
 def _run_order(structure: Trace) -> list[str]:

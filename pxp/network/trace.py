@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .attention import Attention
-from .bake import FUNCTIONS
-from .layers import (
-    ACTIVATIONS,
-    ATTENTIONS,
-    CONVOLUTIONS,
-    NORMALISATIONS,
-    PRODUCTS,
-    TRANSPOSED,
-    is_activation,
-    is_batch_norm,
-    is_normalisation,
-)
+from .layers import CONVOLUTIONS, TRANSPOSED, is_activation, is_batch_norm
 from .replica import eager, out_of_memory, replica
+from .signals import Signal, Signals, tensors
 
 T = TypeVar("T")
 
@@ -49,9 +38,13 @@ class Trace:
     overwritten : tuple of str
         Layers whose output is then changed in place (by a residual sum).
     functions : dict
-        Module → what its forward pass computes by itself though it would need a rule: ``"attention"``, the names in
-        ``torch.nn.functional`` of activations and normalisations, and ``"dynamic weight"`` for a convolution or linear
-        map whose weight depends on the input.
+        Module → what its forward pass computes on the way to the output though there is no rule for it:
+        ``"attention"``, or the name of a function.
+    gates : tuple of str
+        Layers that only weigh others: the output depends on them through gates alone.
+    followed : bool
+        Functions have to be followed in every pass that explains: there are products of signals, activations or
+        normalisations that no module computes, or the network ends in a softmax.
     elsewhere : tuple of str
         BatchNorms that take something else too than the output of one layer.
     """
@@ -63,6 +56,8 @@ class Trace:
     positions: dict[str, int] = field(default_factory=dict)
     overwritten: tuple[str, ...] = ()
     functions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gates: tuple[str, ...] = ()
+    followed: bool = False
     elsewhere: tuple[str, ...] = ()
 
     @property
@@ -103,72 +98,30 @@ def _is_one(module: nn.Module) -> bool:
     return is_activation(module) or is_batch_norm(module)
 
 
-class _Uses(TorchFunctionMode):
-    """Counts how many operations take each tensor, and notes what is computed outside of the modules that have rules.
+class _Uses(Signals):
+    """Counts how many operations take each tensor. An activation or a BatchNorm is one, whatever it computes."""
 
-    An activation or a BatchNorm is one operation, whatever it computes. An attention is known by a softmax that is
-    multiplied by another signal as a matrix. One that only weighs elements (the gates of a CNN) or ends the network is
-    none.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], images: Tensor) -> None:
-        super().__init__()
-        self.modules = modules
-        self.inside = [""]  # the modules that are running, the innermost last; a hook may run behind the model itself
+    def __init__(self, twin: nn.Module, images: Tensor) -> None:
+        super().__init__(twin, images)
         self.counts: Counter[_Key] = Counter()
-        self.functions: dict[str, dict[str, None]] = {}
         self.alive: list[object] = []  # an id is unique only as long as its tensor lives
-        self.signals = {id(images)}  # what depends on the images, also when it is changed in place
-        self.weights: set[int] = set()  # those that depend on them only through a softmax
-        self.dynamic: dict[str, None] = {}  # modules in which a layer's weight depends on them
 
     def enter(self, name: str, inputs: tuple) -> None:
-        self.inside.append(name)
+        super().enter(name, inputs)
         if _is_one(self.modules[name]):
             self.counts.update(_key(a) for a in inputs if isinstance(a, Tensor))
 
-    def leave(self) -> None:
-        self.inside.pop()
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        inputs = [*args, *(kwargs or {}).values()]
-        inputs += [part for a in inputs if isinstance(a, tuple | list) for part in a]  # torch.cat takes a list
-        given = {_key(a): a for a in inputs if isinstance(a, Tensor)}
-        result = func(*args, **(kwargs or {}))
+        given = {_key(a): a for a in tensors([*args, *(kwargs or {}).values()])}
+        result = super().__torch_function__(func, types, args, kwargs)
         self.alive.append((given, result))
-        module = self.modules[self.inside[-1]]
         # neither questions about a tensor (its shape) nor dropout in evaluation mode, which returns it as it is
         passed_on = isinstance(result, Tensor) and _key(result) in given
+        module = self.modules[self.inside[-1]]
         asked = isinstance(result, torch.Size) or not isinstance(result, Tensor | tuple | list)
         if not asked and not passed_on and not _is_one(module):
             self.counts.update(given.keys())
-        signals = {id(a) for a in given.values()} & self.signals
-        if signals:
-            made = args[:1] if result is None else result  # x[0] = y has none
-            name = getattr(func, "__name__", "")
-            self._follow(name, module, signals, made)
-            weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
-            if name in FUNCTIONS and id(weight) in signals:
-                self.dynamic[self.inside[-1]] = None
         return result
-
-    def _follow(self, function: str, module: nn.Module, signals: set[int], result: object) -> None:
-        made = {id(a) for a in (result if isinstance(result, tuple | list) else [result]) if isinstance(a, Tensor)}
-        weights, others = signals & self.weights, signals - self.weights
-        self.signals |= made
-        if function == "softmax" or not others:
-            self.weights |= made
-        else:
-            self.weights -= made
-        called = None
-        if function in ATTENTIONS or (function in PRODUCTS and weights and others):
-            called = None if isinstance(module, Attention) else "attention"
-        elif function in ACTIVATIONS:
-            called = None if is_activation(module) else function
-        elif function in NORMALISATIONS:
-            called = None if is_normalisation(module) else function
-        if called is not None:
-            self.functions.setdefault(self.inside[-1], {})[called] = None
 
 
 def trace(model: nn.Module, images: Tensor) -> Trace:
@@ -204,18 +157,20 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
-    uses = _Uses(modules, images)
+    uses = _Uses(twin, images)
     for name, module in modules.items():
-        module.register_forward_pre_hook(lambda _, inputs, name=name: uses.enter(name, inputs))
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_batch_norm(module) or is_activation(module):
             module.register_forward_hook(note(name, module))
         elif isinstance(module, Attention):
             module.heads.register_forward_hook(
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
-        module.register_forward_hook(lambda *_: uses.leave())
-    with torch.inference_mode(False), torch.no_grad(), eager(), uses:
-        twin(images)
+    with torch.inference_mode(False), torch.no_grad(), eager(), uses.watching():
+        output = twin(images)
+    reached = uses.of(next(tensors(output), None)) or Signal()
+    faults: dict[str, dict[str, None]] = {}
+    for name, what in sorted(reached.faults):
+        faults.setdefault(name, {})[what] = None
 
     its_own = [name for name, module in modules.items() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
     if its_own and not calls and not heads:
@@ -242,8 +197,6 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
     merged = Counter(call.norm for call in calls)
-    for name in uses.dynamic:
-        uses.functions.setdefault(name, {})["dynamic weight"] = None
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
         tuple(norms),
@@ -252,7 +205,9 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         heads,
         positions,
         tuple(overwritten),
-        {name: tuple(called) for name, called in uses.functions.items()},
+        {name: tuple(found) for name, found in faults.items()},
+        tuple(layer for layer, bit in uses.layers.items() if not reached.layers & bit),
+        uses.changed or (isinstance(output, Tensor) and uses.logits(output) is not output),
         tuple(norm for norm, number in runs.items() if number > merged[norm]),
     )
 

@@ -68,7 +68,8 @@ def zoo(request):
 
 
 def test_filters_of_the_libraries_networks(zoo):
-    _name, model, _, units, filters = zoo
+    _name, model, example, _units, filters = zoo
+    units = pxp.find_components(model, gates=True, example=example)
     convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert set(units) == set(convolutions)
     assert all(units[n].size == m.out_channels for n, m in convolutions.items())
@@ -133,7 +134,7 @@ def test_the_logit_is_conserved_through_any_block_without_biases(name):
 def test_gates_are_constant(name):
     model = randomise(build(name))
     x, labels = torch.randn(2, 3, 32, 32).double(), torch.tensor([1, 2])
-    units = pxp.find_components(model, example=x)
+    units = pxp.find_components(model, gates=True, example=x)
     scores = pxp.attribute(model, (x, labels), units, pxp.LRP())
     inside = [n for n in units if n.endswith((".fc1", ".fc2", "se.conv_reduce", "se.conv_expand"))]
     assert inside and all(bool((scores[n] == 0).all()) for n in inside)

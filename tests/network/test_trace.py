@@ -97,19 +97,20 @@ def test_attention_by_any_other_name_is_seen(case, untouched):
 
 
 class Selects(nn.Module):
-    """A softmax that reads a table, one over branches, one of parameters: none is an attention."""
+    """A softmax over branches and one that only gates: none is an attention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inp, self.one, self.other, self.choose = (nn.Linear(6, 6) for _ in range(4))
-        self.mixture, self.out = nn.Parameter(torch.randn(5, 5)), nn.Linear(6, 4)
-        self.table = nn.Parameter(torch.randn(4, 3))
+        self.out = nn.Linear(6, 4)
+        self.table = nn.Parameter(torch.randn(4, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mixture.softmax(-1) @ self.inp(x)
+        x = self.inp(x)
+        x = x * (self.choose(x)[..., :4].softmax(-1) @ self.table).sigmoid()
         weights = self.choose(x.mean(1, keepdim=True)).unflatten(-1, (2, 3)).softmax(2).repeat(1, 1, 1, 2)
         branches = torch.stack([self.one(x), self.other(x)], 2)
-        return self.out((branches * weights).sum(2).mean(1)).softmax(-1) @ self.table
+        return self.out((branches * weights).sum(2).mean(1)).softmax(-1)
 
 
 @pytest.mark.parametrize(

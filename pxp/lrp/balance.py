@@ -1,0 +1,191 @@
+"""The structural self-test: under LRP-0 the input's relevance and that of all constants add up to the logit.
+
+A network that is explained is, at one image, linear in its input and in everything that is added on the way: biases,
+shifts, tokens, position embeddings, what an activation gives for 0. So one ordinary backward pass must satisfy
+Σ x · ∂ + Σ constant · ∂ = logit. Where it does not, something on the way is not what it seems. A rule that was not
+applied to a linear layer stays unseen, since LRP-0 is the derivative there; the table of layers is what sees that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from ..network.fold import fold_batch_norm
+from ..network.layers import kind_of_function
+from ..network.replica import replica
+from ..network.signals import Signals, tensors
+from ..network.trace import Trace
+from .passes import FUNCTIONS
+
+TOLERANCE = 1e-5  # of the logit
+ROUNDING = 1e-9  # of all terms of the sum
+
+
+def check_balance(
+    model: nn.Module,
+    structure: Trace,
+    image: Tensor,
+    label: Tensor,
+    exact: Callable[[nn.Module, Trace], Composite],
+) -> None:
+    """Try the sum on one image.
+
+    Parameters
+    ----------
+    model : nn.Module
+    structure : Trace
+    image, label : Tensor
+        One sample, (1, …) and (1,).
+    exact : callable
+        Makes, of the model and its structure, the composite of LRP-0 in which attention weights are constants.
+
+    Raises
+    ------
+    ValueError
+        It does not hold; the first module in which relevance is lost or made is named.
+    """
+    twin = replica(model)
+    fold_batch_norm(twin, structure)
+    twin = twin.double()  # which gives the replica parameters of its own
+    modules = dict(twin.named_modules())
+    shields = [
+        modules[site].register_forward_hook(lambda _, inputs, output: output.clone())
+        for name in structure.overwritten
+        for site in structure.site(name)
+    ]
+    everything = {name: module for name, module in modules.items() if name}
+    with exact(model, structure).context(twin), boundaries(everything) as sums:
+        point = image.double().requires_grad_()
+        constants = _Constants(twin, point)
+        with constants.watching():
+            logits = constants.logits(twin(point))
+        target = logits.gather(1, label[:, None]).sum()
+        if not target.requires_grad:
+            return
+        (gradient,) = torch.autograd.grad(target, point)
+    for shield in shields:
+        shield.remove()
+    terms = point.detach() * gradient
+    logit = float(target.detach())
+    allowed = TOLERANCE * abs(logit) + ROUNDING * (constants.size + float(terms.abs().sum()))
+    if abs(float(terms.sum()) + constants.total - logit) <= allowed:
+        return
+    for name in constants.ended:
+        inside, outside = sums.get(name, (0.0, 0.0))
+        if abs(outside - inside - constants.by_module.get(name, 0.0)) > allowed:
+            where = f"{name!r} ({type(modules[name]).__name__})"
+            break
+    else:
+        where = f"{type(model).__name__} itself"
+    raise ValueError(
+        f"{type(model).__name__} cannot be explained: under LRP-0 relevance is not conserved in {where}, which "
+        "computes something that pxp does not know. Write it with modules of torch, or tell what it is like with "
+        "pxp.register_layer"
+    )
+
+
+@contextmanager
+def boundaries(modules: dict[str, nn.Module], carried: bool = False) -> Iterator[dict[str, list[float]]]:
+    """Module → [relevance at its inputs that came through it, relevance at its outputs], after a backward pass.
+
+    What arrives at an output is what the layer's own rule has not rescaled yet.
+    """
+    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in modules}
+
+    def watch(name: str, side: int, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        seen, value = tensor.view_as(tensor), tensor.detach()
+
+        def add(flow: Tensor) -> None:
+            sums[name][side] += float((flow if carried else flow * value).sum(dtype=torch.float64))
+
+        seen.register_hook(add)
+        return seen
+
+    def each(name: str, side: int, values: object) -> object:
+        if isinstance(values, Tensor):
+            return watch(name, side, values) if values.is_floating_point() else values
+        return type(values)(each(name, side, v) for v in values) if type(values) in (tuple, list) else values  # type: ignore
+
+    def enter(name: str, module: nn.Module, inputs: tuple) -> object:
+        def leave(module: nn.Module, inputs: tuple, output: object) -> object:
+            behind.remove()
+            return each(name, 1, output)
+
+        behind = module.register_forward_hook(leave)  # now, so that it comes behind the rules, whenever they are placed
+        return each(name, 0, inputs)
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: enter(name, module, inputs))
+        for name, module in modules.items()
+    ]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Constants(Signals):
+    """Adds up constant · gradient over everything that an operation gives for inputs of 0."""
+
+    def __init__(self, twin: nn.Module, images: Tensor) -> None:
+        super().__init__(twin, images, FUNCTIONS)
+        self.total = self.size = 0.0
+        self.by_module: dict[str, float] = {}
+        self.ended: dict[str, None] = {}  # modules in the order in which they ended
+
+    def leave(self, inputs: list, output: object) -> None:
+        name = self.inside[-1]
+        self.ended[name] = None
+        module, kind = self.modules[name], self.kinds[name]
+        if kind is not None and not module._modules and isinstance(output, Tensor) and self.of(inputs[0]) is not None:
+            x = inputs[0].detach()
+            with torch.no_grad():
+                nothing = module.forward(torch.zeros_like(x))
+            if kind.passes == "identity":
+                nothing = torch.where(x == 0, nothing, 0)
+            self._note(nothing, output)
+        super().leave(inputs, output)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        options = kwargs or {}
+        before = {id(t): (t, t.detach().clone()) for t in tensors([*args, *options.values()]) if self.of(t) is not None}
+        result = super().__torch_function__(func, types, args, kwargs)
+        inside = self.inside[-1]
+        whole = self.kinds[inside] is not None and not self.modules[inside]._modules
+        if before and not whole and isinstance(result, Tensor) and result.requires_grad:
+            kind = kind_of_function(func)
+            zeros = {key: torch.zeros_like(value) for key, (_, value) in before.items()}
+
+            def at_zero(value: object) -> object:
+                if isinstance(value, Tensor):
+                    return zeros.get(id(value), value.detach())
+                return type(value)(map(at_zero, value)) if type(value) in (tuple, list) else value  # type: ignore
+
+            with torch.no_grad():
+                nothing = func(*at_zero(args), **{key: at_zero(value) for key, value in options.items()})  # type: ignore
+            if kind is not None and kind.passes == "identity":
+                nothing = torch.where(next(iter(before.values()))[1] == 0, nothing, 0)
+            self._note(nothing, result)
+        return result
+
+    def _note(self, nothing: Tensor, output: Tensor) -> None:
+        if not output.requires_grad or not bool(nothing.any()):
+            return
+        where = list(self.inside)
+
+        def add(flow: Tensor) -> None:
+            terms = flow * nothing
+            self.total += float(terms.sum())
+            self.size += float(terms.abs().sum())
+            for name in where:
+                self.by_module[name] = self.by_module.get(name, 0.0) + float(terms.sum())
+
+        output.register_hook(add)

@@ -1,0 +1,107 @@
+"""Checked, not believed: the replica computes what the model computes, and once per model it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .replica import evaluating
+from .signals import tensors
+from .trace import Trace
+
+# relative to the largest value; folding BatchNorm rounds differently
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model → the state in which it was found right, by check
+
+
+def state_of(model: nn.Module) -> tuple:
+    """Changes whenever a module, a parameter, a buffer or a hook of the model does."""
+    held = (*model.parameters(), *model.buffers())
+    versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held)
+    modules = ((id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules())
+    return tuple(versions), tuple(modules)
+
+
+def once(model: nn.Module, what: str) -> bool:
+    """Whether this check of the model, in the state that it has now, is still to be made."""
+    known: dict[str, tuple] = _checked.setdefault(model, {})
+    now = state_of(model)
+    if known.get(what) == now:
+        return False
+    known[what] = now
+    return True
+
+
+@contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """A check that fails is made again next time."""
+    try:
+        yield
+    except BaseException:
+        _checked.pop(model, None)
+        raise
+
+
+def check_replica(model: nn.Module, twin: nn.Module, structure: Trace, images: Tensor) -> None:
+    """Compare a replica's outputs with the model's.
+
+    Raises
+    ------
+    ValueError
+        They differ; the first module whose output does is named.
+    """
+    with torch.no_grad():
+        with evaluating(model):
+            expected, inner = _outputs(model, images)
+        found, own = _outputs(twin, images)
+    if _same(found, expected):
+        return
+    folded = {name for name, norms in structure.norms.items() if any(norms)}
+    odd = next((n for n, value in own.items() if n in inner and n not in folded and not _same(value, inner[n])), "")
+    where = f"at {odd!r} ({type(twin.get_submodule(odd)).__name__})" if odd else "at its output"
+    raise ValueError(
+        f"{type(model).__name__} cannot be explained: pxp's copy of it computes something else, first {where}. Either "
+        "its outputs are random in evaluation mode, or that module is not what it seems: register it with "
+        "pxp.register_layer, or write it with modules of torch"
+    )
+
+
+def _outputs(network: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Outputs of the network, and of its modules in the order in which they end."""
+    found: dict[str, list[Tensor]] = {}
+
+    def note(name: str, output: object) -> None:
+        found.setdefault(name, [t.detach().clone() for t in tensors(output)])
+
+    handles = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: note(name, output))
+        for name, module in network.named_modules()
+        if name
+    ]
+    try:
+        output = network(images.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(tensors(output)), found
+
+
+def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+        return False
+    return all(_distance(a, b) <= TOLERANCE.get(b.dtype, 0) for a, b in zip(found, expected, strict=True))
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest expected value; infinite where only one is not a number."""
+    if found.numel() == 0 or torch.equal(found, expected):
+        return 0.0
+    a, b = (t.double() if t.is_floating_point() else t.float() for t in (found, expected))
+    both = a.isnan() & b.isnan()
+    a, b = a.masked_fill(both, 0), b.masked_fill(both, 0)
+    distance = float((a - b).abs().max()) / max(1e-6, float(b.abs().max()))
+    return distance if distance == distance else torch.inf

@@ -1,0 +1,254 @@
+"""Following a signal through every operation of a forward pass, whichever module or function computes it.
+
+What is known of a tensor is its :class:`Signal`: whether it only weighs others (a gate), which layers it depends on,
+and which operations without a rule lie on its way. A gate is a constant factor to an explanation, so what lies behind
+it does not matter; what reaches the output does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .attention import Attention
+from .layers import GATE, Kind, kind_of, kind_of_function
+
+# (function, its arguments, its options, what it is) → its result, with another backward pass
+Pass = Callable[[Callable, tuple, dict, Kind], Any]
+ENDS = ("softmax", "log_softmax", "sigmoid")
+OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
+# of the second tensor only the shape or the type counts
+LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is known of a tensor that depends on the images.
+
+    Attributes
+    ----------
+    gate : int
+        How surely it is a gate, see :class:`pxp.network.layers.Kind`; 0 for a signal.
+    soft : bool
+        It depends on the images only through a softmax.
+    layers : int
+        The layers on its way, a bit for each in the order in which they first ran.
+    faults : frozenset of (str, str)
+        Operations on its way that have no rule: the module that computes it, and what it is.
+    """
+
+    gate: int = 0
+    soft: bool = False
+    layers: int = 0
+    faults: frozenset[tuple[str, str]] = frozenset()
+
+    def __or__(self, other: Signal) -> Signal:
+        return Signal(
+            min(self.gate, other.gate),
+            self.soft and other.soft,
+            self.layers | other.layers,
+            self.faults | other.faults,
+        )
+
+
+class Signals(TorchFunctionMode):
+    """Follows the images through a replica while it runs inside :meth:`watching`.
+
+    Parameters
+    ----------
+    twin : nn.Module
+        A replica.
+    images : Tensor
+    passes : mapping of str to Pass, optional
+        How functions let relevance pass, by the names of :class:`pxp.network.layers.Kind`, and ``"half"``. Default:
+        nothing is changed.
+
+    Attributes
+    ----------
+    layers : dict
+        Layer with a rule → its bit.
+    changed : bool
+        Whether there is a function whose backward pass ``passes`` has changed or would change.
+    """
+
+    def __init__(self, twin: nn.Module, images: Tensor, passes: Mapping[str, Pass] | None = None) -> None:
+        super().__init__()
+        self.twin = twin
+        self.modules = dict(twin.named_modules())
+        self.kinds = {name: kind_of(module) for name, module in self.modules.items()}
+        self.passes = passes
+        self.inside = [""]  # the modules that are running, the innermost last; a hook may run behind the model itself
+        self.layers: dict[str, int] = {}
+        self.changed = False
+        self._signals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._signals[images] = Signal()
+        self._entered: WeakIdKeyDictionary = WeakIdKeyDictionary()  # probabilities → what the softmax was given
+
+    @contextmanager
+    def watching(self) -> Iterator[Signals]:
+        """Follow what runs inside the context."""
+        handles = []
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: self.enter(name, inputs)))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, args, kwargs, output: self.leave([*args, *kwargs.values()], output), with_kwargs=True
+                )
+            )
+        try:
+            with self:
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def of(self, tensor: object) -> Signal | None:
+        """What is known of a tensor; None if it does not depend on the images."""
+        return self._signals.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def logits(self, output: Tensor) -> Tensor:
+        """What enters the softmax or sigmoid with which a network ends; the output of one that does not."""
+        return self._entered.get(output, output)
+
+    def enter(self, name: str, inputs: tuple) -> None:
+        self.inside.append(name)
+
+    def leave(self, inputs: list, output: object) -> None:
+        name = self.inside.pop()
+        kind = self.kinds[name]
+        if kind is None:
+            return
+        given = [signal for tensor in tensors(inputs) if (signal := self.of(tensor)) is not None]
+        if isinstance(output, Tensor) and (kind.passes == "softmax" or kind.name == "gate"):
+            self._entered[output] = inputs[0]
+        weight = getattr(self.modules[name], "weight", None)
+        if kind.passes == "rule" and self.of(weight) is not None:
+            given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
+        if given:
+            self.mark(output, self._through(kind, given, name if kind.passes == "rule" else None))
+
+    def mark(self, made: object, signal: Signal) -> None:
+        for tensor in tensors(made):
+            if tensor.is_floating_point() or tensor.is_complex():  # neither truths nor indices carry relevance
+                self._signals[tensor] = signal
+
+    def _through(self, kind: Kind | None, given: list[Signal], layer: str | None = None) -> Signal:
+        """What comes out of an operation of this kind."""
+        signal = reduce(operator.or_, given)
+        if kind is None or kind.passes in ("rule", "affine", "normalisation", "attention"):
+            signal = replace(signal, gate=0)
+        elif kind.gate:
+            signal = replace(signal, gate=kind.gate, soft=signal.soft or kind.passes == "softmax")
+        if layer is not None:
+            signal = replace(signal, layers=signal.layers | self.layers.setdefault(layer, 1 << len(self.layers)))
+        return signal
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        options = kwargs or {}
+        given = {id(t): t for t in tensors([*args, *options.values()])}
+        if getattr(func, "__name__", "") in LIKE:
+            given = dict(list(given.items())[:1])
+        known = {key: signal for key, tensor in given.items() if (signal := self.of(tensor)) is not None}
+        if not known:
+            return func(*args, **options)
+        name = self.inside[-1]
+        trusted = self.kinds[name] is not None or isinstance(self.modules[name], Attention)
+        kind = kind_of_function(func)
+        how, kept = ("", list(known.values())) if trusted else self._verdict(func, kind, args, options, known)
+        if how.startswith("constant"):
+            gate = int(how[-1])
+            if self.passes is not None:
+                args = tuple(a.detach() if i == gate else a for i, a in enumerate(args))
+            result = func(*args, **options)
+            self.changed = True
+        elif how and kind is not None:
+            self.changed = True
+            apply = None if self.passes is None else self.passes[how]
+            result = func(*args, **options) if apply is None else apply(func, args, options, kind)
+        else:
+            result = func(*args, **options)
+        made = args[0] if result is None else result  # x[0] = y has none
+        self.mark(made, self._through(kind, kept))
+        if kind is not None and isinstance(result, Tensor):
+            if func.__name__ in ENDS:
+                self._entered[result] = args[0]
+            elif kind.name == "reshaping" and isinstance(args[0], Tensor) and args[0] in self._entered:
+                self._entered[result] = self._entered[args[0]]
+        return result
+
+    def _verdict(
+        self, func: Callable, kind: Kind | None, args: tuple, options: dict, known: dict[int, Signal]
+    ) -> tuple[str, list[Signal]]:
+        """How relevance passes an operation, and the signals that it comes from.
+
+        ``""`` is the derivative, ``"constant 1"`` the derivative with the second argument held constant, other names
+        are those of ``passes``.
+        """
+        signals = list(known.values())
+        name = getattr(func, "__name__", str(func))
+
+        def fault(what: str) -> tuple[str, list[Signal]]:
+            wrong = Signal(GATE, True, 0, frozenset({(self.inside[-1], what)}))
+            return "", [*signals, wrong]
+
+        if kind is None:
+            return fault(name.strip("_"))
+        if kind.passes == "attention":
+            return fault("attention")
+        if kind.passes == "rule":
+            weight = options.get("weight", args[1] if len(args) > 1 else None)
+            return fault(f"{name} with {OWN if self.of(weight) is None else DEPENDENT}")
+        if kind.passes == "identity" and name.endswith("_") and not name.startswith("__"):
+            return fault(f"{name}, in place")
+        if kind.passes in ("identity", "normalisation", "glu"):
+            return kind.passes, signals
+        if kind.passes != "product":
+            return "", signals
+        one, other = args[0], args[1] if len(args) > 1 else options.get("other")
+        first, second = self.of(one), self.of(other)
+        if kind.name == "product of matrices":
+            if len(known) < 2:
+                return fault(f"{name} with {OWN}")
+            if len({signal.soft for signal in signals}) == 2:
+                return fault("attention")
+            return "half", signals
+        if name.strip("_") in ("square", "pow"):
+            exponent = 2 if name.strip("_") == "square" else other
+            if exponent == 1:
+                return "", signals
+            return ("half", signals) if exponent == 2 else fault(f"{name.strip('_')} by {exponent}")
+        if kind.name == "quotient":
+            return ("", signals) if second is None and not name.strip("_").startswith("r") else fault("quotient")
+        if first is None or second is None:
+            return "", signals
+        if one is other or first.gate == second.gate:
+            return "half", signals
+        gate = 1 if second.gate > first.gate else 0
+        if gate == 0 and ((name.endswith("_") and not name.startswith("__")) or name.startswith("__i")):
+            return fault(f"{name} that overwrites a gate")
+        return f"constant {gate}", [second if gate == 0 else first]
+
+
+def tensors(values: object) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors(value)
+    elif isinstance(values, dict):
+        yield from tensors(list(values.values()))
+
+
+def without_functions() -> Any:
+    """Operations in this context are not followed."""
+    return torch._C.DisableTorchFunction()

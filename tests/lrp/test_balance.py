@@ -1,0 +1,181 @@
+"""The structural self-test and the check of the replica: each sees what it is for, and is made once."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import NETWORKS, network, relative, without_biases
+from small import Calls, around, samples
+from torch import Tensor, nn
+from vits import images_of, two_blocks
+
+import pxp
+from pxp.lrp import composites
+from pxp.network import check
+from pxp.network.layers import KINDS
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_known_networks_pass(name):
+    model, x, labels, units = network(name)
+    assert pxp.attribute(model, (x, labels), units, pxp.LRP()).samples == len(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: timm.create_model("seresnet18"), lambda: timm.create_model("poolformer_s12"),
+        lambda: torchvision.models.convnext_tiny(), lambda: torchvision.models.densenet121(),
+        lambda: timm.create_model("skresnet18"),
+    ],
+)  # fmt: skip
+def test_networks_with_constants_of_every_kind_pass(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    heat = pxp.heatmap(model, torch.rand(1, 3, 64, 64), 1)
+    assert bool(heat.isfinite().all())
+
+
+class Shifts(nn.Module):
+    """Adds constants in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.shift = nn.Parameter(torch.randn(1, 8, 1, 10)), nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1, -1), x], 2) - 0.3
+        x = 1 - x.masked_fill(x > 2, 0.7) + self.shift
+        x = nn.functional.pad(x, (1, 1, 0, 0), value=0.4).sigmoid()
+        x = x.clone()
+        x[:, 0] = 0.25
+        return torch.where(self.shift > 0, x, self.shift)
+
+
+def test_constants_of_functions_count():
+    x, labels = samples()
+    model = around(Shifts())
+    model[1].double()
+    assert bool(pxp.heatmap(model, x, labels).isfinite().all())
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    monkeypatch.setattr(check, "_checked", type(check._checked)())
+
+
+def calls(monkeypatch, module, name: str) -> list:
+    made: list = []
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: made.append(1) or real(*args))
+    return made
+
+
+def test_both_checks_are_made_once_per_state(fresh, monkeypatch):
+    import pxp.probe as probe
+
+    balance, copies = calls(monkeypatch, composites, "check_balance"), calls(monkeypatch, probe, "check_replica")
+    model, x, labels, units = network("vgg")
+    for _ in range(2):
+        pxp.attribute(model, (x, labels), units, pxp.LRP())
+        pxp.heatmap(model, x, labels, pxp.Taylor())
+        pxp.attribute(model, (x, labels), units, pxp.Activation())
+    assert len(balance) == len(copies) == 1
+    with torch.no_grad():
+        model.classifier[0].bias.add_(1)
+    pxp.attribute(model, (x, labels), units, pxp.LRP("zplus"))
+    assert len(balance) == len(copies) == 2
+    with pxp.masked(model, pxp.attribute(model, None, units, pxp.Random()).select(0.3)):
+        pxp.attribute(model, (x, labels), units, pxp.LRP())
+    assert len(balance) == len(copies) == 3
+    model.features[2] = nn.GELU()
+    pxp.heatmap(model, x, labels)
+    assert len(balance) == len(copies) == 4
+
+
+class Random(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(1, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("criterion", [pxp.LRP(), pxp.Taylor(), pxp.Activation()], ids=repr)
+def test_a_copy_that_computes_something_else_is_named(criterion):
+    x, labels = samples()
+    model = nn.Sequential(
+        around(nn.ReLU())[:3], Random(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    model = model.double().eval()
+    units = pxp.find_components(model, example=x)
+    for _ in range(2):  # a check that failed is made again
+        with pytest.raises(
+            ValueError, match=r"computes something else, first at '1' \(Random\)\. Either its outputs are random"
+        ):
+            pxp.attribute(model, (x, labels), units, criterion)
+
+
+def test_what_hides_from_the_table_is_found_by_the_sum():
+    x, labels = samples()
+    model = around(Calls(lambda x: x + x.data))
+    with pytest.raises(ValueError, match=r"under LRP-0 relevance is not conserved in '1' \(Calls\)"):
+        pxp.heatmap(model, x, labels)
+
+
+@pytest.mark.parametrize("kind", ["layer normalisation", "activation", "gate"])
+def test_a_table_that_is_wrong_is_found(kind, monkeypatch):
+    """A normalisation taken for a pooling, a bounded factor for a product: the sum tells."""
+    from pxp.network import layers
+
+    wrong = next(one for one in KINDS if one.name == "pooling")
+    changed = {key: wrong if value.name == kind else value for key, value in layers._BY_CLASS.items()}
+    monkeypatch.setattr(layers, "_BY_CLASS", changed)
+    middle = {"layer normalisation": nn.LayerNorm(10), "activation": nn.GELU(), "gate": nn.Sigmoid()}[kind]
+    x, labels = samples()
+    with pytest.raises(ValueError, match="under LRP-0 relevance is not conserved in '1'"):
+        pxp.heatmap(around(middle), x, labels)
+
+
+def test_conservation_by_hand():
+    """A linear network without biases passes everything on; a bias absorbs its share."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 2.0], [0.5, 0.5]]))
+        model[0].bias.copy_(torch.tensor([1.0, 0.0]))
+        model[2].weight.copy_(torch.tensor([[2.0, 1.0]]))
+        model[2].bias.copy_(torch.tensor([3.0]))
+    x = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    found = pxp.conservation(model, x, 0, pxp.LRP(pxp.Epsilon(0)))
+    # hidden 4 and 1, logit 2·4 + 1 + 3 = 12
+    assert found.start == found.arrives["2"] == pytest.approx(12)
+    assert found.leaves["2"] == found.arrives["0"] == pytest.approx(9) and found.absorbed["2"] == pytest.approx(3)
+    assert found.leaves["0"] == found.input == pytest.approx(7) and found.absorbed["0"] == pytest.approx(2)
+    assert repr(found).splitlines()[0] == f"relevance by {pxp.LRP(pxp.Epsilon(0))!r}, which starts with 12"
+    assert [row.split()[0] for row in repr(found).splitlines()[1:]] == ["layer", "2", "0", "input"]
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "gamma"])
+@pytest.mark.parametrize("name", ["vgg", "resnet", "mlp"])
+def test_conservation_without_biases(name, rule):
+    model, x, labels, _units = network(name)
+    found = pxp.conservation(without_biases(model), x, labels, pxp.LRP(rule))
+    assert found.input == pytest.approx(found.start, rel=1e-3)
+    if name != "resnet":  # where everything goes through every layer
+        assert all(value == pytest.approx(found.start, rel=1e-3) for value in found.arrives.values())
+
+
+def test_conservation_agrees_with_scores_and_heatmaps():
+    model = two_blocks()
+    x, labels = images_of(model, 3)
+    criterion = pxp.LRP("zplus", softmax="cp")
+    found = pxp.conservation(model, x, labels, criterion)
+    assert found.input == pytest.approx(float(pxp.heatmap(model, x, labels, criterion).sum()) / 3)
+    units = pxp.find_components(model, "neuron")
+    signed = pxp.attribute(model, (x, labels), units, criterion).signed
+    assert all(found.arrives[name] == pytest.approx(float(signed[name].sum()), rel=1e-6) for name in units)
+    ax = found.plot()
+    assert len(ax.lines[0].get_xdata()) == len(found.arrives) + 2
+    assert relative(torch.tensor(ax.lines[0].get_ydata()[-1]), torch.tensor(found.start)) < 1e-6
