@@ -209,6 +209,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **options: Any) -> fx.Node:
         node = super().create_node(*args, **options)
+        node.type = None  # an annotation; as a string it keeps older torch from pickling the graph
         node.meta["at"] = self.scope.module_path, _line(traceback.walk_stack(sys._getframe(1)))
         return node
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -125,9 +125,8 @@ def eager() -> Iterator[None]:
 
     Torch's own is one for all threads, so whoever comes first sets it and whoever leaves last gives it back.
     """
-    stance = getattr(torch.compiler, "set_stance", lambda _: nullcontext())  # since torch 2.6
     with _eager_lock:
-        _eager.append(None if _eager else stance("force_eager"))
+        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
     try:
         yield
     finally:
