@@ -18,9 +18,11 @@ from torch import Tensor, fx, nn
 from .compaction.compact import Blueprint
 from .data import Data, batches
 from .masks import Mask, masked
-from .network.attention import Attention, without_heads
+from .network.attention import Attention
 from .network.fold import fold_batch_norm
+from .network.gated import is_gated
 from .network.replica import evaluating, replica
+from .network.silence import without_heads
 
 ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
 
@@ -198,6 +200,8 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
         if isinstance(layer, Attention):
             weight = without_heads(layer.output.weight, kept)
             layer.output.weight = nn.Parameter(weight, requires_grad=False)
+        elif is_gated(layer):
+            rest[name] = kept
         elif sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites):
             for part, tensor in layer.named_parameters(recurse=False):
                 keep = kept.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))

@@ -37,7 +37,9 @@ def is_activation(module: nn.Module) -> bool:
         return False
     if source == "timm.models.nfnet":
         return type(module).__name__ == "GammaAct"  # an activation times a constant
-    return source == "torch.nn.modules.activation" or source.startswith("timm.layers.activations")
+    return source == "torch.nn.modules.activation" or source.startswith(
+        ("timm.layers.activations", "transformers.activations")
+    )
 
 
 def is_normalisation(module: nn.Module) -> bool:

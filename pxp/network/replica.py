@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .attention import make_explicit
+from .gated import show_hidden
 from .layers import is_activation
 
 
@@ -24,7 +25,8 @@ def replica(model: nn.Module) -> nn.Module:
     """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
 
     The copy's parameters need no gradient, its activations are not in-place, its attentions show their parts (see
-    :class:`pxp.network.attention.Attention`), and the user's hooks come along.
+    :class:`pxp.network.attention.Attention`), its gated MLPs their hidden units (:mod:`pxp.network.gated`), and the
+    user's hooks come along.
 
     Raises
     ------
@@ -52,6 +54,7 @@ def replica(model: nn.Module) -> nn.Module:
             for function, its_module in ((F.relu, nn.ReLU), (F.gelu, nn.GELU)):  # what activation="gelu" stands for
                 if module.activation is function:
                     module.activation = its_module().eval()
+    show_hidden(twin)
     return make_explicit(twin)
 
 

@@ -208,7 +208,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             call.activation = None
         norms.setdefault(call.layer, []).append(call.norm)
         components = call.tensor.shape[-1 if isinstance(modules[call.layer], nn.Linear) else 1]
-        positions[call.layer] = positions.get(call.layer, 0) + call.tensor[0].numel() // components
+        places = call.tensor.numel() // (components * len(images))  # windows of a sample are samples to a layer
+        positions[call.layer] = positions.get(call.layer, 0) + places
         if _key(call.tensor) != (call.norm_output or call.output):
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
