@@ -61,6 +61,10 @@ def _timm(module: str, *names: str) -> tuple[str, ...]:
     return tuple(f"timm.layers.{module}.{name}" for name in names)
 
 
+def _hugging_face(*names: str) -> tuple[str, ...]:
+    return tuple(f"transformers.activations.{name}" for name in names)
+
+
 KINDS = [
     Kind("convolution", "rule", (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_timm("conv2d_same", "Conv2dSame")),
          ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")),
@@ -97,7 +101,10 @@ KINDS = [
         (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid, nn.Hardshrink,
          nn.Softshrink, nn.Tanhshrink, nn.Threshold, "timm.models.nfnet.GammaAct",
          *_timm("activations", "Swish", "Mish", "HardSwish", "HardMish", "GELU", "GELUTanh", "QuickGELU"),
-         *_timm("activations_me", "SwishMe", "MishMe", "HardSwishMe", "HardMishMe")),
+         *_timm("activations_me", "SwishMe", "MishMe", "HardSwishMe", "HardMishMe"),
+         *_hugging_face("GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "GELUTanh",
+                        "PytorchGELUTanh", "AccurateGELUActivation", "ClippedGELUActivation", "SiLUActivation",
+                        "MishActivation")),
         ("gelu", "silu", "mish", "hardswish", "elu", "celu", "selu", "softplus", "logsigmoid", "hardshrink",
          "softshrink", "tanhshrink", "threshold"),
     ),
@@ -241,6 +248,14 @@ ELEMENTWISE = (
     torch.tanh, F.tanh, F.dropout,
 )  # fmt: skip
 IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
+# gated MLPs, whose hidden units are products, and their last layers
+_DINO = "transformers.models.dinov2"
+GATED = {
+    "timm.layers.mlp.SwiGLU": "fc2",
+    "timm.layers.mlp.GluMlp": "fc2",
+    f"{_DINO}.modeling_dinov2.Dinov2SwiGLUFFN": "down_proj",
+    f"{_DINO}_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN": "down_proj",
+}
 
 
 def is_activation(module: nn.Module) -> bool:
