@@ -13,14 +13,13 @@ from tqdm.auto import tqdm
 from zennit.core import Composite
 
 from .data import Data, batches
-from .lrp.passes import FUNCTIONS
 from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
 from .network.gated import incoming, unit_weights
 from .network.replica import check_values, eager, out_of_memory, replica
-from .network.signals import Signals
+from .network.signals import Pass, Signals
 from .network.trace import Trace
 
 
@@ -56,6 +55,7 @@ class Probe:
         self.model, self.structure = model, structure
         self.samples = 0
         self._units, self._refs, self._batch_size, self._progress = units, refs, batch_size, progress
+        self._functions: Mapping[str, Pass] | None = None
 
     @property
     def units(self) -> Components:
@@ -78,13 +78,20 @@ class Probe:
             images, labels = checked(self.model, images, labels)
             if self.samples == 0 and once(self.model, "replica"):
                 with forgotten(self.model):
+                    self.logits(images[:2], labels[:2])  # what the model does not accept is an error of its own
                     check_replica(self.model, self.twin, self.structure, images[:2])
             yield images, labels
             self.samples += len(labels)
 
-    def rules(self, composite: Composite):
-        """A context in which a composite's rules are in place on ``twin``."""
-        return composite.context(self.twin)
+    @contextmanager
+    def rules(self, composite: Composite) -> Iterator[None]:
+        """A context in which a composite's rules are in place on ``twin``, and for the functions that it calls."""
+        self._functions = getattr(composite, "functions", None)
+        try:
+            with composite.context(self.twin):
+                yield
+        finally:
+            self._functions = None
 
     def weights(self, *, folded: bool = True) -> dict[str, Tensor]:
         """Layer → (components, weights) that compute each component; of a head also those that read it.
@@ -208,7 +215,7 @@ class Probe:
         try:
             with eager():
                 if self.structure.followed:
-                    with Signals(self.twin, images, FUNCTIONS).watching() as signals:
+                    with Signals(self.twin, images, self._functions).watching() as signals:
                         output = self.twin(images)
                     logits = signals.logits(output)
                 else:

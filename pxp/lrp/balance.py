@@ -17,7 +17,7 @@ from zennit.core import Composite
 
 from ..network.fold import fold_batch_norm
 from ..network.layers import kind_of_function
-from ..network.replica import replica
+from ..network.replica import eager, replica
 from ..network.signals import Signals, tensors
 from ..network.trace import Trace
 from .passes import FUNCTIONS
@@ -53,15 +53,16 @@ def check_balance(
     fold_batch_norm(twin, structure)
     twin = twin.double()  # which gives the replica parameters of its own
     modules = dict(twin.named_modules())
+    hooks = {name: _hooks(module) for name, module in modules.items()}  # the user's: no rule is in place yet
     shields = [
         modules[site].register_forward_hook(lambda _, inputs, output: output.clone())
         for name in structure.overwritten
         for site in structure.site(name)
     ]
     everything = {name: module for name, module in modules.items() if name}
-    with exact(model, structure).context(twin), boundaries(everything) as sums:
+    with exact(model, structure).context(twin), boundaries(everything) as sums, eager():
         point = image.double().requires_grad_()
-        constants = _Constants(twin, point)
+        constants = _Constants(twin, point, hooks)
         with constants.watching():
             logits = constants.logits(twin(point))
         target = logits.gather(1, label[:, None]).sum()
@@ -132,27 +133,43 @@ def boundaries(modules: dict[str, nn.Module], carried: bool = False) -> Iterator
             handle.remove()
 
 
+def _hooks(module: nn.Module) -> list[Callable]:
+    """A module's forward hooks, (module, inputs, options, output) → output."""
+
+    def whole(key: int, hook: Callable) -> Callable:
+        if key in module._forward_hooks_with_kwargs:
+            return hook
+        return lambda module, inputs, options, output: hook(module, inputs, output)
+
+    return [whole(key, hook) for key, hook in module._forward_hooks.items()]
+
+
 class _Constants(Signals):
     """Adds up constant · gradient over everything that an operation gives for inputs of 0."""
 
-    def __init__(self, twin: nn.Module, images: Tensor) -> None:
+    def __init__(self, twin: nn.Module, images: Tensor, hooks: dict[str, list[Callable]]) -> None:
         super().__init__(twin, images, FUNCTIONS)
+        self.hooks = hooks
         self.total = self.size = 0.0
         self.by_module: dict[str, float] = {}
         self.ended: dict[str, None] = {}  # modules in the order in which they ended
 
-    def leave(self, inputs: list, output: object) -> None:
+    def leave(self, args: tuple, options: dict, output: object) -> None:
         name = self.inside[-1]
         self.ended[name] = None
         module, kind = self.modules[name], self.kinds[name]
-        if kind is not None and not module._modules and isinstance(output, Tensor) and self.of(inputs[0]) is not None:
-            x = inputs[0].detach()
+        if kind is not None and not module._modules and isinstance(output, Tensor) and self.of(args[0]) is not None:
+            x = args[0].detach()
+            zeros = (torch.zeros_like(x), *args[1:])
             with torch.no_grad():
-                nothing = module.forward(torch.zeros_like(x))
+                nothing = module.forward(*zeros, **options)
+                for hook in self.hooks[name]:  # a mask silences the bias too
+                    changed = hook(module, zeros, options, nothing)
+                    nothing = nothing if changed is None else changed
             if kind.passes == "identity":
                 nothing = torch.where(x == 0, nothing, 0)
             self._note(nothing, output)
-        super().leave(inputs, output)
+        super().leave(args, options, output)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}

@@ -19,7 +19,7 @@ from ..network.layers import CONVOLUTIONS, passes
 from ..network.replica import replica
 from ..network.trace import Trace, trace_model
 from .balance import check_balance
-from .passes import Identity, Normalisation
+from .passes import FUNCTIONS, Identity, Normalisation
 from .rules import Epsilon, Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
@@ -98,7 +98,11 @@ class LayerComposite(Composite):
         Layer name → hook.
     groups : dict
         Layer name → depth group.
+    functions : dict
+        How what a model computes by functions lets relevance pass, see :class:`pxp.network.signals.Signals`.
     """
+
+    functions = FUNCTIONS
 
     def __init__(self, rules: dict[str, Hook], groups: dict[str, str]) -> None:
         super().__init__(module_map=lambda ctx, name, module: rules.get(name))

@@ -47,9 +47,10 @@ class Normalisation(Hook):
     @staticmethod
     def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x, kind = inputs[0], kind_of(module)
-        if not x.requires_grad or getattr(module, "running_mean", None) is not None:
+        if not x.requires_grad or kind is None or kind.passes != "normalisation":
+            return None  # merged into the layer before it
+        if getattr(module, "running_mean", None) is not None:
             return None  # by running statistics, which are constants
-        assert kind is not None
         weight: Tensor | None = getattr(module, "weight", None)
         groups = 0
         dims: tuple[int, ...] = (1,)

@@ -20,7 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from .layers import CONVOLUTIONS, TRANSPOSED
+from .layers import CONVOLUTIONS, TRANSPOSED, Kind, kind_of, kind_of_class
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -68,6 +68,16 @@ def need_weight(name: str, layer: nn.Module) -> None:
 def plain(layer: nn.Module) -> bool:
     """Whether the output of a replica's layer follows from the weight and the bias that it holds."""
     return "_not_plain" not in vars(layer) and "weight" in layer._parameters
+
+
+def kind_in_replica(module: nn.Module) -> Kind | None:
+    """What a module of a replica is, as :func:`pxp.network.layers.kind_of` says it of one of a model.
+
+    A convolution or linear layer with a forward pass of its own is by now what its class is, or an error of
+    :func:`need_weight`.
+    """
+    kind = kind_of(module)
+    return kind_of_class(_base(module)) if kind is None and isinstance(module, LAYERS) else kind
 
 
 def _base(layer: nn.Module) -> type[nn.Module]:

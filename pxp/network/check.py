@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .replica import evaluating
+from .replica import eager, evaluating
 from .signals import tensors
 from .trace import Trace
 
@@ -55,7 +55,7 @@ def check_replica(model: nn.Module, twin: nn.Module, structure: Trace, images: T
     ValueError
         They differ; the first module whose output does is named.
     """
-    with torch.no_grad():
+    with torch.no_grad(), eager():
         with evaluating(model):
             expected, inner = _outputs(model, images)
         found, own = _outputs(twin, images)

@@ -173,12 +173,17 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def kind_of_class(cls: type) -> Kind | None:
+    """What modules of this very class are; subclasses are another matter, see :func:`kind_of`."""
+    return _BY_CLASS.get(cls) or _BY_CLASS.get(qualified(cls))
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """What ``module`` is; None if nothing is known of it, as of one that only calls others."""
     if "forward" in vars(module):  # somebody has put another forward pass on this one module
         return None
     for cls in type(module).__mro__:
-        kind = _BY_CLASS.get(cls) or _BY_CLASS.get(qualified(cls))
+        kind = kind_of_class(cls)
         if kind is not None:
             # a subclass that computes something else is not what its parent is
             return kind if type(module).forward is cls.forward else None  # type: ignore[attr-defined]
@@ -228,7 +233,7 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"a layer is a subclass of torch.nn.Module, got {cls!r}")
     known = {kind.name: kind for kind in KINDS}
-    kind = known.get(like) if isinstance(like, str) else _BY_CLASS.get(like) or _BY_CLASS.get(qualified(like))
+    kind = known.get(like) if isinstance(like, str) else kind_of_class(like)
     if kind is None:
         raise ValueError(f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}")
     _BY_CLASS[cls] = kind

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .attention import Attention
-from .layers import GATE, Kind, kind_of, kind_of_function
+from .bake import kind_in_replica
+from .layers import GATE, Kind, kind_of_function
 
 # (function, its arguments, its options, what it is) → its result, with another backward pass
 Pass = Callable[[Callable, tuple, dict, Kind], Any]
@@ -84,7 +85,7 @@ class Signals(TorchFunctionMode):
         super().__init__()
         self.twin = twin
         self.modules = dict(twin.named_modules())
-        self.kinds = {name: kind_of(module) for name, module in self.modules.items()}
+        self.kinds = {name: kind_in_replica(module) for name, module in self.modules.items()}
         self.passes = passes
         self.inside = [""]  # the modules that are running, the innermost last; a hook may run behind the model itself
         self.layers: dict[str, int] = {}
@@ -101,7 +102,7 @@ class Signals(TorchFunctionMode):
             handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: self.enter(name, inputs)))
             handles.append(
                 module.register_forward_hook(
-                    lambda _, args, kwargs, output: self.leave([*args, *kwargs.values()], output), with_kwargs=True
+                    lambda _, args, options, output: self.leave(args, options, output), with_kwargs=True
                 )
             )
         try:
@@ -122,14 +123,14 @@ class Signals(TorchFunctionMode):
     def enter(self, name: str, inputs: tuple) -> None:
         self.inside.append(name)
 
-    def leave(self, inputs: list, output: object) -> None:
+    def leave(self, args: tuple, options: dict, output: object) -> None:
         name = self.inside.pop()
         kind = self.kinds[name]
         if kind is None:
             return
-        given = [signal for tensor in tensors(inputs) if (signal := self.of(tensor)) is not None]
+        given = [signal for tensor in tensors([*args, *options.values()]) if (signal := self.of(tensor)) is not None]
         if isinstance(output, Tensor) and (kind.passes == "softmax" or kind.name == "gate"):
-            self._entered[output] = inputs[0]
+            self._entered[output] = args[0]
         weight = getattr(self.modules[name], "weight", None)
         if kind.passes == "rule" and self.of(weight) is not None:
             given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
