@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .attentions import OUTSIDE, Form, form_of, is_known
 from .attentions import SUPPORTED as SUPPORTED
-from .attentions import Form, form_of, is_known
 from .layers import qualified
 
 
@@ -34,6 +34,8 @@ class Attention(nn.Module):
 
     Attributes
     ----------
+    form : Form
+        Where it has its parts.
     num_heads, head_dim : int
     heads : nn.Identity
         Its output (N, tokens, heads · channels) is what the heads give to the output projection.
@@ -43,6 +45,7 @@ class Attention(nn.Module):
         Of the attention's weights, in training.
     """
 
+    form: Form
     num_heads: int
     head_dim: int
     dropout: float = 0.0
@@ -91,6 +94,7 @@ class _Torch(Attention):
     k_proj: nn.Linear
     v_proj: nn.Linear
     out_proj: nn.Linear
+    form = Form("out_proj", qkv=None, drop=None)
     batch_first = False  # tells nn.TransformerEncoderLayer not to take its fast path
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
@@ -149,8 +153,6 @@ class _Torch(Attention):
 class Described(Attention):
     """In place of an attention that a :class:`Form` describes: its own attributes and parts, under their own names."""
 
-    form: Form
-
     def __init__(self, original: nn.Module, form: Form) -> None:
         super().__init__()
         # not what would hide a method or the parts of this class, such as the number of heads under the name "heads"
@@ -165,6 +167,9 @@ class Described(Attention):
         self._groups = getattr(self, form.groups, 1) if form.groups else 1
         if form.fused_bias is not None and self._part("qkv") is not None:
             self._modules["qkv"] = _linear(self._part("qkv").weight, form.fused_bias(self))
+            for name in OUTSIDE:
+                self._parameters.pop(name, None)
+                self._buffers.pop(name, None)
         if not form.calls:  # hooks on what is never called must not run
             for name in ("qkv", "proj"):
                 self._modules[name] = _linear(self._part(name).weight, self._part(name).bias)

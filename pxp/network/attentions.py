@@ -68,6 +68,8 @@ class Form:
         ``forward`` returns (output, weights); the weights are then None.
     calls : bool
         ``forward`` calls its projections as modules; False: it reads their weights.
+    per_head : tuple of (str, int)
+        Other parameters (or linear layers, by their weight) with one entry for each head: name and dimension.
     own : bool
         Registered by the user, so it is compared with what the class computes.
     """
@@ -94,14 +96,18 @@ class Form:
     groups: str | None = None
     pair: bool = False
     calls: bool = True
+    per_head: tuple[tuple[str, int], ...] = ()
     own: bool = False
+
+
+OUTSIDE = ("q_bias", "k_bias", "v_bias")
 
 
 def _bias_outside(attention: Any) -> Tensor | None:
     """The bias that some of timm's attentions keep outside of their projection."""
     if attention.q_bias is None:
         return attention.qkv.bias
-    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    return torch.cat([getattr(attention, name) for name in OUTSIDE])
 
 
 def _bias_without_keys(attention: Any) -> Tensor | None:
@@ -183,12 +189,14 @@ def _window(attention: Any) -> int:
 
 _VIT = Form(takes=("attn_mask", "is_causal"), q_norm="q_norm", k_norm="k_norm", norm="norm", gate="gate")
 _ROPE = replace(_VIT, takes=("rope", "attn_mask", "is_causal"), groups="num_kv_groups")
-_SWIN = Form(takes=("mask",), position=_position, span=_window)
+_TABLE: dict[str, Any] = {"position": _position, "per_head": (("relative_position_bias_table", 1),)}
+_SWIN = Form(takes=("mask",), span=_window, **_TABLE)
 _TORCHVISION = Form(
-    position=_position, windows=_shifted_windows, span=_window, calls=False, drop="dropout",
-    attn_drop="attention_dropout",
+    windows=_shifted_windows, span=_window, calls=False, drop="dropout", attn_drop="attention_dropout", **_TABLE
 )  # fmt: skip
-_COSINE: dict[str, Any] = {"position": _continuous_position, "logit_scale": "logit_scale"}
+_COSINE: dict[str, Any] = {
+    "position": _continuous_position, "logit_scale": "logit_scale", "per_head": (("logit_scale", 0), ("cpb_mlp.2", 0)),
+}  # fmt: skip
 _HUGGING_FACE = Form(
     qkv=None, proj="o_proj", heads="num_attention_heads", takes=("attention_mask",), scale="scaling", drop=None,
     attn_drop="attention_dropout", pair=True,
@@ -200,7 +208,7 @@ _KNOWN: dict[type | str, Form] = {
     "timm.layers.attention.AttentionRope": _ROPE,
     "timm.models.eva.EvaAttention": replace(_ROPE, fused_bias=_bias_outside),
     "timm.models.beit.Attention": Form(
-        takes=("shared_rel_pos_bias",), fused_bias=_bias_outside, position=_position
+        takes=("shared_rel_pos_bias",), fused_bias=_bias_outside, **_TABLE
     ),
     "timm.models.metaformer.Attention": Form(),
     "timm.models.swin_transformer.WindowAttention": _SWIN,
@@ -210,8 +218,8 @@ _KNOWN: dict[type | str, Form] = {
         _TORCHVISION, fused_bias=_bias_without_keys, **_COSINE
     ),
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": Form(
-        qkv="to_qkv", proj="merge", heads="n_heads", scale="scale_factor", position=_position,
-        windows=_grid, span=lambda m: m.max_seq_len, drop=None,
+        qkv="to_qkv", proj="merge", heads="n_heads", scale="scale_factor", windows=_grid,
+        span=lambda m: m.max_seq_len, drop=None, **_TABLE,
     ),
     "transformers.models.vit.modeling_vit.ViTAttention": _HUGGING_FACE,
     "transformers.models.deit.modeling_deit.DeiTAttention": _HUGGING_FACE,

@@ -48,6 +48,17 @@ def show_hidden(twin: nn.Module) -> None:
             last.register_forward_pre_hook(_Through(hidden))
 
 
+def hide_hidden(twin: nn.Module) -> nn.Module:
+    """Undo :func:`show_hidden`: the network is then written as it was."""
+    for module in twin.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Through):
+                del module._forward_pre_hooks[key]
+        if last_layer(module) is not None:
+            module._modules.pop("hidden", None)
+    return twin
+
+
 def incoming(module: nn.Module) -> list[nn.Linear]:
     """The linear layers that compute a gated MLP's hidden units, with a row or several for each; else none."""
     last = last_layer(module)
