@@ -103,12 +103,13 @@ KINDS = [
          *_timm("activations", "Swish", "Mish", "HardSwish", "HardMish", "GELU", "GELUTanh", "QuickGELU"),
          *_timm("activations_me", "SwishMe", "MishMe", "HardSwishMe", "HardMishMe"),
          *_hugging_face("GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "GELUTanh",
-                        "PytorchGELUTanh", "AccurateGELUActivation", "ClippedGELUActivation", "SiLUActivation",
+                        "PytorchGELUTanh", "AccurateGELUActivation", "SiLUActivation",
                         "MishActivation")),
         ("gelu", "silu", "mish", "hardswish", "elu", "celu", "selu", "softplus", "logsigmoid", "hardshrink",
          "softshrink", "tanhshrink", "threshold"),
     ),
-    Kind("clipped activation", "identity", (nn.ReLU6, nn.Hardtanh), ("relu6", "hardtanh", "clamp", "clip"), gate=CLIP),
+    Kind("clipped activation", "identity", (nn.ReLU6, nn.Hardtanh, *_hugging_face("ClippedGELUActivation")),
+         ("relu6", "hardtanh", "clamp", "clip"), gate=CLIP),
     Kind("squashing activation", "identity", (nn.Tanh, nn.Softsign, *_timm("activations", "Tanh")),
          ("tanh", "softsign"), gate=SQUASH),
     Kind(
@@ -235,7 +236,10 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     known = {kind.name: kind for kind in KINDS}
     kind = known.get(like) if isinstance(like, str) else kind_of_class(like)
     if kind is None:
-        raise ValueError(f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}")
+        raise ValueError(
+            f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}; "
+            "an attention is described, with pxp.register_attention"
+        )
     _BY_CLASS[cls] = kind
     return kind
 

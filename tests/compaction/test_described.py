@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import drawn, relative
 from torch import Tensor, nn
+from torchvision.models.maxvit import MaxVit
 from vits import GATED, MODELS, POSITIONED, Around, images_of, lively, positioned
 
 import pxp
@@ -53,6 +54,13 @@ def test_heads_take_their_relative_positions_with_them(name, kinds, untouched):
         expected = pxp.attribute(model, (x, labels), units.only(*heads), pxp.LRP(pxp.Epsilon(1e-12)))
     for layer in heads:
         assert relative(scores[layer], expected[layer][mask[layer]]) < 1e-9
+
+
+def test_heads_of_maxvit(untouched):
+    torch.manual_seed(0)
+    model = untouched(lively(MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 4, 0.1, num_classes=4)))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    check(model, x, drawn(pxp.find_components(model, ("head", "neuron"), example=x), 0.5))
 
 
 def test_a_layer_without_heads_is_the_bias_of_its_projection():

@@ -186,6 +186,10 @@ def test_attentions_of_ones_own_can_be_registered(make, heads, registered, untou
         assert relative(expected, before) > 1e-6
     scores = pxp.attribute(model, (x, targets), units, pxp.LRP("gamma"))
     pxp.pruning_curve(model, scores, (x, targets), rates=(0, 0.5), progress=False)
+    small = pxp.compact(model, scores.select(count=1), example=x)
+    with pxp.masked(model, scores.select(count=1)):
+        assert relative(small(x).detach(), model(x).detach()) < 1e-13
+    assert pxp.find_components(small, "head", example=x).total == heads - 1
     # R = x ⊙ g with AttnLRP's factors
     point = x.clone().requires_grad_()
     y = model.inp(point)

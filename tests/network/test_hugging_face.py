@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MODES, only, relative
+from conftest import MODES, drawn, only, relative
 from oracle import scaled, straight
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,6 +142,17 @@ def test_masks_and_curves(name, implementation, untouched):
     curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False)
     with pxp.masked(model, scores.select(0.3)):
         assert curve.runs[0][1] == pxp.accuracy(model, (images, targets))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_and_neurons_are_taken_out(name, untouched):
+    model, x = untouched(MODELS[name]("sdpa")), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for kind in ("head", "neuron"):
+        mask = drawn(pxp.find_components(model, kind, example=x), 0.5)
+        small = pxp.compact(model, mask, example=x)
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+        with pxp.masked(model, mask), torch.no_grad():
+            assert relative(small(x).detach(), model(x)) < 1e-12
 
 
 def test_others_of_hugging_face_are_refused_by_name():
