@@ -78,7 +78,7 @@ class Probe:
             images, labels = checked(self.model, images, labels)
             if self.samples == 0 and once(self.model, "replica"):
                 with forgotten(self.model):
-                    self.logits(images[:2], labels[:2])  # what the model does not accept is an error of its own
+                    self.logits(images[:1], labels[:1])  # what the model does not accept is an error of its own
                     check_replica(self.model, self.twin, self.structure, images[:2])
             yield images, labels
             self.samples += len(labels)

@@ -8,6 +8,7 @@ applied to a linear layer stays unseen, since LRP-0 is the derivative there; the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -73,6 +74,8 @@ def check_balance(
         shield.remove()
     terms = point.detach() * gradient
     logit = float(target.detach())
+    if not math.isfinite(logit + float(terms.sum()) + constants.total):
+        return  # the numbers overflow, which the scores will show
     allowed = TOLERANCE * abs(logit) + ROUNDING * (constants.size + float(terms.abs().sum()))
     if abs(float(terms.sum()) + constants.total - logit) <= allowed:
         return
@@ -102,6 +105,8 @@ def boundaries(modules: dict[str, nn.Module], carried: bool = False) -> Iterator
         if not tensor.requires_grad:
             return tensor
         seen, value = tensor.view_as(tensor), tensor.detach()
+        if not seen.requires_grad:  # without gradients inside
+            return tensor
 
         def add(flow: Tensor) -> None:
             sums[name][side] += float((flow if carried else flow * value).sum(dtype=torch.float64))

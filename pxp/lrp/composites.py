@@ -236,10 +236,11 @@ class LRP(Criterion):
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         with probe.rules(self.composite(probe.model, probe.structure)):
             for images, labels in probe.batches():
-                if once(probe.model, "balance"):
+                found = probe.relevance(images, labels, start=self.start, steps=self.path_steps)
+                if once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
                     with forgotten(probe.model):
                         check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
-                yield probe.relevance(images, labels, start=self.start, steps=self.path_steps)
+                yield found
 
     def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
         """The zennit composite for one model; its ``repr`` shows which rule each layer got.

@@ -86,11 +86,12 @@ def normalised(
     if groups:
         value, dims = value.reshape(len(x), groups, -1), (2,)
     square = value.var(dims, correction=0, keepdim=True) if centred else value.square().mean(dims, keepdim=True)
+    shape = value.shape  # all that the backward pass keeps of the input
     scale = (square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon)).rsqrt()
 
     def weigh(grad: Tensor, scale: Tensor) -> tuple[Tensor]:
         flow = grad if weight is None else grad * weight
-        flow = flow.reshape(value.shape) * scale
+        flow = flow.reshape(shape) * scale
         flow = flow.sub_(flow.mean(dims, keepdim=True)) if centred else flow
         return (flow.reshape(grad.shape),)
 

@@ -29,6 +29,9 @@ ENDS = ("softmax", "log_softmax", "sigmoid")
 OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
 # of the second tensor only the shape or the type counts
 LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")
+# of all of them
+MADE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+        "new_full", "new_empty", "new_tensor")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,17 @@ class Signals(TorchFunctionMode):
         if kind is None:
             return
         given = [signal for tensor in tensors([*args, *options.values()]) if (signal := self.of(tensor)) is not None]
-        if isinstance(output, Tensor) and (kind.passes == "softmax" or kind.name == "gate"):
-            self._entered[output] = args[0]
+        if kind.passes == "softmax" or kind.name == "gate":
+            self._remember(output, args[0])
         weight = getattr(self.modules[name], "weight", None)
         if kind.passes == "rule" and self.of(weight) is not None:
             given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
         if given:
             self.mark(output, self._through(kind, given, name if kind.passes == "rule" else None))
+
+    def _remember(self, output: object, entered: Tensor) -> None:
+        if isinstance(output, Tensor) and output.ndim == 2:  # the weights of an attention would only take memory
+            self._entered[output] = entered
 
     def mark(self, made: object, signal: Signal) -> None:
         for tensor in tensors(made):
@@ -158,6 +165,8 @@ class Signals(TorchFunctionMode):
         given = {id(t): t for t in tensors([*args, *options.values()])}
         if getattr(func, "__name__", "") in LIKE:
             given = dict(list(given.items())[:1])
+        elif getattr(func, "__name__", "") in MADE:
+            given = {}
         known = {key: signal for key, tensor in given.items() if (signal := self.of(tensor)) is not None}
         if not known:
             return func(*args, **options)
@@ -181,7 +190,7 @@ class Signals(TorchFunctionMode):
         self.mark(made, self._through(kind, kept))
         if kind is not None and isinstance(result, Tensor):
             if func.__name__ in ENDS:
-                self._entered[result] = args[0]
+                self._remember(result, args[0])
             elif kind.name == "reshaping" and isinstance(args[0], Tensor) and args[0] in self._entered:
                 self._entered[result] = self._entered[args[0]]
         return result
