@@ -17,6 +17,7 @@ from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
 from .masks import Mask, masked
 from .models import load_model, model_card
+from .network.attentions import register_attention
 from .network.components import Components, find_components
 from .network.layers import register_layer
 from .recover import finetune, prune_gradually
@@ -76,6 +77,7 @@ __all__ = [
     "prune_gradually",
     "pruning_curve",
     "reference_samples",
+    "register_attention",
     "register_layer",
     "save_compact",
     "save_curves",

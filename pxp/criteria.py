@@ -158,7 +158,8 @@ class Activation(Criterion):
 class Magnitude(Criterion):
     """L2 norm of a component's incoming weights; looks at no image (Li et al. 2017, with L1).
 
-    Of an attention head: of its query, key, value and output weights together.
+    Of an attention head: of its query, key, value and output weights together; of a gated MLP's hidden unit: of both
+    factors' weights.
 
     Parameters
     ----------

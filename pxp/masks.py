@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .files import load_tensors, save_tensors
-from .network.attention import silence_heads
 from .network.components import Components
+from .network.gated import is_gated
 from .network.replica import eager
+from .network.silence import silence_heads, silence_units
 
 
 class ByLayer(Mapping[str, Tensor]):
@@ -145,6 +146,9 @@ def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
                 continue
             if layer.kind == "head":
                 handles += silence_heads(modules[name], kept)
+                continue
+            if is_gated(modules[name]):
+                handles += silence_units(modules[name], kept)
                 continue
             for site in layer.site:
                 handles.append(modules[site].register_forward_hook(_silence(~kept, layer.kind == "filter")))

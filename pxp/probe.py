@@ -17,7 +17,7 @@ from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
-from .network.layers import by_output
+from .network.gated import incoming, unit_weights
 from .network.replica import check_values, eager, out_of_memory, replica
 from .network.signals import Pass, Signals
 from .network.trace import Trace
@@ -101,18 +101,19 @@ class Probe:
         units = self.units
         modules = dict((self.twin if folded else replica(self.model)).named_modules())
         for name, layer in units.items():
-            if layer.kind != "head":
-                need_weight(name, modules[name])
+            for part in [] if layer.kind == "head" else incoming(modules[name]) or [modules[name]]:
+                need_weight(name, part)
         return {
-            name: modules[name].head_weights() if layer.kind == "head" else by_output(modules[name])
+            name: modules[name].head_weights() if layer.kind == "head" else unit_weights(modules[name])
             for name, layer in units.items()
         }
 
     def forward(self, images: Tensor, note: Callable[[str, Tensor], None]) -> None:
         """Run the network and call ``note(layer, output)`` whenever a component layer's output appears."""
         modules = dict(self.twin.named_modules())
+        told = self._by_sample(note, len(images))
         handles = [
-            modules[site].register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+            modules[site].register_forward_hook(lambda module, inputs, output, name=name: told(name, output))
             for name, layer in self.units.items()
             for site in layer.site
         ]
@@ -149,10 +150,20 @@ class Probe:
         carried : bool
             The rules let relevance itself flow back, as zennit's do: every sample starts with its logit.
         """
-        with reading(self.twin, self.structure, self._units, note, exact=exact):
+        with reading(self.twin, self.structure, self._units, self._by_sample(note, len(images)), exact=exact):
             begin = self._start(images, labels, start, carried)
             if begin.requires_grad:  # else no scored layer has any influence on it
                 begin.backward()
+
+    def _by_sample(self, note: Callable[..., None], samples: int) -> Callable[..., None]:
+        """The same with heads of windows, (samples · windows, tokens, channels), as (samples, tokens, channels)."""
+
+        def told(name: str, *tensors: Tensor) -> None:
+            if self.units[name].kind == "head":
+                tensors = tuple(tensor.reshape(samples, -1, tensor.shape[-1]) for tensor in tensors)
+            note(name, *tensors)
+
+        return told
 
     def relevance(
         self, images: Tensor, labels: Tensor, *, start: str = "logit", steps: int = 1, carried: bool = False

@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 from .compaction.compact import Blueprint
 from .data import Data, batches
 from .masks import Mask, masked
-from .network.attention import Attention, without_heads
+from .network.attention import Attention
 from .network.bake import plain
 from .network.fold import fold_batch_norm
 from .network.layers import for_weight
 from .network.replica import check_values, evaluating, replica
+from .network.silence import without_heads
 
 ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
 

@@ -84,7 +84,7 @@ def test_a_module_is_read_in_one_sitting(path):
 
 def test_imports_only_go_down():
     found = graph()
-    assert found["pxp.masks"] >= {"pxp.files", "pxp.network.attention", "pxp.network.components"}
+    assert found["pxp.masks"] >= {"pxp.files", "pxp.network.silence", "pxp.network.components"}
     assert "pxp.network.layers" in found["pxp.compaction.follow"] and "pxp.plots" in found["pxp.evaluate"]
     assert circles(found) == CIRCLES
     assert circles(rooms(found)) == CIRCLES

@@ -10,7 +10,7 @@ from conftest import MODES, network, only, relative
 from oracle import Oracle
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from vits import GATED, MODELS, Encoder, images_of, lively, two_blocks
+from vits import MODELS, Encoder, images_of, lively, two_blocks
 
 import pxp
 from pxp.sweep import silenced
@@ -25,7 +25,7 @@ def test_every_single_mask_of_a_transformer_changes_the_logits(name, mode):
         images = pxp.load_dataset("fashion-mnist").eval[0][:1].double()
     else:
         images, _ = images_of(model, 1)
-    units = pxp.find_components(model, "head" if name in GATED else ("head", "neuron"))
+    units = pxp.find_components(model, ("head", "neuron"))
     with MODES[mode]():
         before = model(images)
         for layer, each in units.items():

@@ -6,6 +6,7 @@ import timm
 import torch
 from conftest import randomise
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
 
@@ -73,7 +74,7 @@ MODELS = {
 }
 
 
-GATED = {"eva02"}  # packed gated MLPs have no hidden unit that is one module's output
+GATED = {"eva02", "eva02 unfused"}  # gated MLPs, whose hidden units are products
 
 
 LISTED = ("vit_b_16", "vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2")
@@ -124,3 +125,37 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.encoder(x).mean(1))
+
+
+def small_swin(second: bool = False, **options) -> SwinTransformer:
+    """torchvision's, with windows that do not divide the image and are shifted in every second block."""
+    parts = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if second else {}
+    return SwinTransformer([2, 2], 12, [2, 1], [3, 3], [4, 4], mlp_ratio=1.0, num_classes=4, **parts, **options)
+
+
+def timm_swin(cls: type[nn.Module], **options) -> nn.Module:
+    return cls(
+        img_size=24, patch_size=2, num_classes=4, embed_dim=12, depths=(2, 1), num_heads=(3, 3), window_size=4,
+        mlp_ratio=1, **options,
+    )  # fmt: skip
+
+
+POSITIONED = {
+    "torchvision's Swin": small_swin,
+    "torchvision's Swin v2": lambda: small_swin(True),
+    "timm's Swin": lambda: timm_swin(timm.models.swin_transformer.SwinTransformer),
+    "timm's Swin v2": lambda: timm_swin(timm.models.swin_transformer_v2.SwinTransformerV2),
+    "BEiT": small_timm("beit_base_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1),
+    "BEiT, one bias for all": small_timm(
+        "beit_base_patch16_224", embed_dim=24, num_heads=3, mlp_ratio=1, use_rel_pos_bias=False,
+        use_shared_rel_pos_bias=True,
+    ),
+}  # fmt: skip
+
+
+def positioned(name: str, samples: int = 2, biases: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model of attentions with relative position bias, images and targets."""
+    torch.manual_seed(0)
+    model = lively(POSITIONED[name](), biases)
+    side = 22 if name.startswith("torchvision") else 32 if name.startswith("BEiT") else 24
+    return model, torch.randn(samples, 3, side, side, dtype=torch.float64), torch.arange(samples) % 4

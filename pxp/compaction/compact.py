@@ -15,6 +15,7 @@ from ..masks import Mask, masked
 from ..models import load_model
 from ..network.components import Components
 from ..network.fold import fold_batch_norm
+from ..network.gated import hide_hidden
 from ..network.replica import evaluating, replica
 from ..network.trace import example_input
 from .follow import Compactor
@@ -27,7 +28,8 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
     """Build the network that is physically smaller and gives the masked model's outputs.
 
     Filters, neurons, MLP outputs and heads, of one kind or jointly, on any model that ``torch.fx`` can trace:
-    torchvision's and timm's CNNs (residual, grouped, depthwise, squeeze-and-excitation) and vision transformers. A
+    torchvision's and timm's CNNs (residual, grouped, depthwise, squeeze-and-excitation) and vision transformers, also
+    with gated MLPs and with heads that have relative positions of their own (Swin, BEiT, MaxViT). A
     residual branch computes only its kept channels and adds them at their places; a branch of which nothing is kept is
     gone; grouped convolutions lose whole groups. BatchNorm is merged into its convolution.
 
@@ -246,7 +248,7 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> fx.GraphMo
         if math.prod(shape) > LARGEST:
             raise ValueError(f"an example of shape {tuple(shape)} is too large")
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-        twin = replica(load_model(extra["model"]) if model is None else model).to("cpu", dtype)
+        twin = hide_hidden(replica(load_model(extra["model"]) if model is None else model)).to("cpu", dtype)
         small = compact(twin, Mask(units, tensors["kept"]), example=torch.zeros(shape))
         small.load_state_dict(_checked(state, small))
     except Exception as error:  # the file may hold anything

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..network.attention import Attention
-from ..network.layers import CONVOLUTIONS
+from ..network.attention import Attention, part_of
+from ..network.gated import incoming, last_layer
+from ..network.layers import CONVOLUTIONS, is_elementwise
 
 
 def is_ordinary(module: nn.Module) -> bool:
@@ -69,31 +70,80 @@ def cut_layer(module: Any, weight: Tensor, bias: Tensor | None, groups: int = 1)
     return made
 
 
+def with_part(module: nn.Module, name: str, part: nn.Module | Tensor) -> Any:
+    """The same module with another part or parameter; ``name`` may have dots."""
+    first, _, rest = name.partition(".")
+    made = copy.copy(module)
+    made._modules, made._parameters = dict(module._modules), dict(module._parameters)
+    if isinstance(part, Tensor) and not rest:
+        made._parameters[first] = nn.Parameter(part.detach())
+    elif not rest:
+        made._modules[first] = part  # type: ignore[assignment]
+    else:
+        made._modules[first] = with_part(module.get_submodule(first), rest, part)
+    return made
+
+
 def fewer_heads(attention: Attention, kept: Tensor) -> Attention:
     """An attention with only some of its heads."""
-    made = copy.copy(attention)
-    made._modules = dict(attention._modules)
-    rows = kept.to(attention.output.weight.device).repeat_interleave(attention.head_dim)
-    for name, part in attention._modules.items():
-        if name in ("q_proj", "k_proj", "v_proj", "gate") and isinstance(part, nn.Linear):
-            made._modules[name] = cut_layer(part, part.weight[rows], entries(part.bias, rows))
-        elif name == "qkv" and isinstance(part, nn.Linear):
-            three = rows.repeat(3)
-            made._modules[name] = cut_layer(part, part.weight[three], entries(part.bias, three))
-        elif part is attention.output:
-            made._modules[name] = cut_layer(part, part.weight[:, rows], part.bias)
+    form, made = attention.form, attention
+    kept = kept.to(attention.output.weight.device)
+    rows = kept.repeat_interleave(attention.head_dim)
+    for name, index in ((form.qkv, rows.repeat(3)), *((name, rows) for name in (form.q, form.k, form.v, form.gate))):
+        part = part_of(attention, name)
+        if name is not None and isinstance(part, nn.Linear):
+            made = with_part(made, name, cut_layer(part, part.weight[index], entries(part.bias, index)))
+    made = with_part(
+        made, form.proj, cut_layer(attention.output, attention.output.weight[:, rows], attention.output.bias)
+    )
+    for name, dim in form.per_head:
+        part = attrgetter(name)(attention)
+        if isinstance(part, nn.Linear):
+            made = with_part(made, name, cut_layer(part, part.weight[kept], entries(part.bias, kept)))
+        elif part is not None:
+            made = with_part(made, name, part.index_select(dim, kept.nonzero().flatten()))
     made.num_heads = int(kept.sum())
     return made
 
 
-def check_heads(name: str, attention: nn.Module, readers: Iterable[fx.Node]) -> None:
-    """Whether single heads can be taken out; ``readers`` take its parts, the output and the weights, if it has any."""
+def fewer_units(mlp: nn.Module, kept: Tensor, outputs: Tensor) -> nn.Module:
+    """A gated MLP with only some of its hidden units and of its outputs."""
+    last, made = last_layer(mlp), mlp
+    names = {part: name for name, part in mlp.named_children()}
+    for part in incoming(mlp):
+        index = kept.repeat(part.out_features // len(kept))
+        made = with_part(made, names[part], cut_layer(part, part.weight[index], entries(part.bias, index)))
+    return with_part(made, names[last], cut_layer(last, last.weight[outputs][:, kept], entries(last.bias, outputs)))
+
+
+def check_units(name: str, mlp: nn.Module) -> None:
+    """Whether single hidden units of a gated MLP can be taken out."""
+    known = {*incoming(mlp), last_layer(mlp)}
+    for own, part in mlp.named_children():
+        if part not in known and not isinstance(part, nn.Identity) and not is_elementwise(part):
+            raise ValueError(
+                f"single units of {name!r} cannot be taken out: {own!r} ({type(part).__name__}) takes all of them"
+            )
+
+
+def check_heads(name: str, attention: Attention, node: fx.Node) -> None:
+    """Whether single heads can be taken out of an attention that is called at ``node``."""
+    form, heads = attention.form, attention.num_heads
+    given = {**dict(zip(form.takes, node.args[1:], strict=False)), **node.kwargs}
     reason = ""
     if getattr(attention, "_groups", 1) > 1:
         reason = "its heads share keys and values"
-    elif not isinstance(getattr(attention, "norm", None), nn.Identity | None):
+    elif not isinstance(part_of(attention, form.norm), nn.Identity | None):
         reason = "it normalises over all of its heads"
-    elif any(reader.target is not operator.getitem or reader.args[1] != 0 for reader in readers):
+    elif "shape" not in node.meta and any(r.target is not operator.getitem or r.args[1] != 0 for r in node.users):
         reason = "its attention weights, which are those of all heads, are read too"
+    elif heads > 1 and any(_counts(given.get(mask), heads) for mask in ("attn_mask", "shared_rel_pos_bias")):
+        reason = "it takes a mask or a bias with a part for each head"
     if reason:
         raise ValueError(f"single heads of {name!r} cannot be taken out: {reason}")
+
+
+def _counts(mask: Any, heads: int) -> bool:
+    """Whether a mask (..., queries, keys) has one part for each head."""
+    shape: tuple = mask.meta.get("shape", ()) if isinstance(mask, fx.Node) else ()
+    return len(shape) > 2 and shape[-3] in ((heads, 0), (0, heads))

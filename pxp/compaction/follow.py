@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from ..masks import Mask
 from ..network.attention import Attention
+from ..network.gated import is_gated, last_layer
 from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, POOLS, TRANSPOSED, is_elementwise
 from .channels import Affine, Constant, Expand, Join, Select
-from .cut import check_heads, cut_layer, entries, fewer_heads, is_layer, is_ordinary
+from .cut import check_heads, check_units, cut_layer, entries, fewer_heads, fewer_units, is_layer, is_ordinary
 from .graph import Shape, place
 
 # operations that give parts of a tensor, each a range of one of its dimensions
@@ -91,10 +92,15 @@ class Compactor:
         self.passing: set[fx.Node] = set()  # nodes of the new graph that compute each channel from the one before
         self.layers: dict[str, bool] = {}  # name → whether its weight can be cut
         self.device = next((p.device for p in twin.parameters()), torch.device("cpu"))
+        self.last = {  # gated MLPs that are one operation, and their last layers
+            name: next(f"{name}.{own}" for own, part in module.named_children() if part is last_layer(module))
+            for name, module in self.modules.items()
+            if name in self.called and is_gated(module)
+        }
         self.sites: dict[str, list[str]] = {}
         for name, kept in mask.items():
             layer = mask.units[name]
-            if layer.kind != "head" and not bool(kept.all()):
+            if layer.kind != "head" and name not in self.last and not bool(kept.all()):
                 for site in layer.site:
                     # where BatchNorm was merged, an identity or what timm's BatchNorm held stands at the site
                     while isinstance(self.modules[site], nn.Sequential):
@@ -107,7 +113,7 @@ class Compactor:
             name: [name] for name, kept in self.mask.items() if self.mask.units[name].kind == "head" and not kept.all()
         }
         for site, names in (self.sites | heads).items():
-            if site not in self.called:
+            if site not in self.called and site not in self.last.values():
                 module = self.modules[site]
                 why = "lies inside a module that cannot be traced"
                 if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and not is_layer(module):
@@ -311,6 +317,8 @@ class Compactor:
         old: Any = node.args[0] if node.args else None
         if isinstance(module, Attention):
             return self._attention(node, name, module, arguments, options)
+        if name in self.last:
+            return self._gated(node, name, module, arguments, options)
         if isinstance(module, TRANSPOSED):
             raise ValueError(f"{name!r} is a transposed convolution, of which compaction cannot take anything away")
         layer = self.layers.setdefault(name, is_layer(module)) if x is not None else False
@@ -571,7 +579,7 @@ class Compactor:
         if kept is None or self.mask.units[name].kind != "head" or bool(kept.all()):
             return self._whole(node, arguments, options)
         pair = "shape" not in node.meta  # MultiheadAttention also returns its weights
-        check_heads(name, module, node.users if pair else ())
+        check_heads(name, module, node)
         if not bool(kept.any()):
             shape = _shape(next(iter(node.users)) if pair else node)
             bias = module.output.bias
@@ -582,6 +590,28 @@ class Compactor:
             return (flow, None) if pair else flow
         self.modules[name] = fewer_heads(module, kept)
         return self._whole(node, arguments, options)
+
+    def _gated(self, node: fx.Node, name: str, module: nn.Module, arguments: tuple, options: dict) -> Any:
+        last = last_layer(module)
+        kept, outputs = (
+            torch.ones(size, dtype=torch.bool, device=self.device) if mask is None else mask.to(self.device)
+            for mask, size in (
+                (self.mask.get(name), last.in_features),
+                (self.mask.get(self.last[name]), last.out_features),
+            )
+        )
+        if bool(kept.all()) and bool(outputs.all()):
+            return self._whole(node, arguments, options)
+        shape, live = _shape(node), outputs.nonzero().flatten()
+        rest = last.weight.new_zeros(len(outputs))
+        if not bool(kept.any()) or not len(live):
+            bias = rest if last.bias is None else last.bias.detach() * outputs
+            zero = ~outputs if last.bias is not None else rest == 0
+            return _Flow(None, len(shape) - 1, live[:0], bias.clone(), zero, shape)
+        if not bool(kept.all()):
+            check_units(name, module)
+        self.modules[name] = fewer_units(module, kept, outputs)
+        return _Flow(self._whole(node, arguments, options), len(shape) - 1, live, rest, rest == 0, shape)
 
     def _elementwise(self, x: _Flow, emit: Callable[[fx.Node], fx.Node], apply: Callable[[Tensor], Tensor]) -> _Flow:
         rest = apply(x.rest.clone())

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..network.attention import Attention
+from ..network.gated import hide_hidden, is_gated, last_layer
 from ..network.layers import BATCH_NORMS, IDENTITIES, is_activation, is_normalisation
 from ..network.replica import replica
 from .channels import Affine, Constant, Expand, Join, Select, Switch
@@ -32,8 +33,6 @@ IN_PLACE: dict[Any, Any] = {
 # what is asked of a tensor's shape and type, not of its values
 ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "is_sparse", "layout", "requires_grad", "itemsize"}
 QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device"}
-# modules that an LRP rule knows by their class
-GATED = ("SwiGLU", "GluMlp")
 # functions that must be seen as what they are: random in training, or dependent on the size of the image
 FUNCTIONS = {
     "timm.layers": ("drop_path", "drop_block_2d", "resample_abs_pos_embed"),
@@ -79,7 +78,7 @@ def traced(twin: nn.Module, images: Tensor, layers: tuple[str, ...] = ()) -> tup
 
 
 def _traced(twin: nn.Module, images: Tensor, layers: tuple[str, ...], defaults: bool) -> tuple[nn.Module, fx.Graph]:
-    tracer, root = _Tracer(images, layers, defaults), replica(twin)  # in which proxies may be left behind
+    tracer, root = _Tracer(images, layers, defaults), hide_hidden(replica(twin))  # in which proxies may be left behind
     try:
         graph = tracer.trace(root)
         watch = _Watch(fx.GraphModule(root, graph))
@@ -218,8 +217,10 @@ class _Tracer(fx.Tracer):
         known = isinstance(m, Attention | Affine | Constant | Expand | Join | Select | Switch)
         known = known or is_activation(m) or is_normalisation(m) or m in self.cut or _is_random(m)
         known = known or (isinstance(m, BATCH_NORMS) and not m._modules) or name in (*IDENTITIES, "LayerScale")
-        if name in GATED and not any(layer.startswith(f"{module_qualified_name}.") for layer in self.layers):
-            return True
+        last, start = last_layer(m), f"{module_qualified_name}."
+        if last is not None:  # one operation, unless a layer inside is cut, other than the last
+            inside = [m.get_submodule(layer.removeprefix(start)) for layer in self.layers if layer.startswith(start)]
+            return all(part is last for part in inside) if is_gated(m) else not inside
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -36,7 +36,8 @@ def depth_groups(model: nn.Module, structure: Trace) -> dict[str, str]:
     layers are the convolutions (in a network without any: all linear layers but the last), the others are fc. For
     VGG-16 this gives the paper's convolutions 1–4, 5–9, 10–13. torchvision's ResNets are grouped by stage, as in the
     paper: conv1 and layer1, layer2 and layer3, layer4. A transformer is grouped by blocks, for ViT-B/16 0–2, 3–8 and
-    9–11; what runs before them is low, what runs after them fc (Hatefi et al. 2024, as the method is reported).
+    9–11; what runs before them is low, what runs between two (Swin's merging of patches) goes with the first, what runs
+    after them is fc (Hatefi et al. 2024, as the method is reported).
 
     Returns
     -------
@@ -67,14 +68,15 @@ def _by_block(structure: Trace) -> dict[str, str]:
     blocks = list(dict.fromkeys(_block(attention, structure) for attention in structure.heads))
     edge = math.ceil(len(blocks) / 4)
     groups: dict[str, str] = {}
-    outside = "low"
+    group, seen = "low", -1
     for name in structure.order:
         inside = [i for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
         if inside:
-            outside = "fc"
-            groups[name] = "low" if inside[0] < edge else "high" if inside[0] >= len(blocks) - edge else "middle"
-        else:
-            groups[name] = outside
+            seen = max(seen, inside[0])
+            group = "low" if inside[0] < edge else "high" if inside[0] >= len(blocks) - edge else "middle"
+        elif seen == len(blocks) - 1:
+            group = "fc"
+        groups[name] = group
     return groups
 
 

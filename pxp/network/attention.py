@@ -1,14 +1,13 @@
 """Attention with visible heads.
 
-``nn.MultiheadAttention`` and timm's attentions hide what pruning by explaining needs: the heads' outputs are no
-module's output, and torch's fast path calls no projection. In a replica each of them is replaced by an
-:class:`Attention` that shares its weights, computes the same values, and shows its parts. The user's model is never
+Attentions hide what pruning by explaining needs: the heads' outputs are no module's output, and torch's fast path calls
+no projection. In a replica each of them is replaced by an :class:`Attention` that shares its weights, computes the same
+values, and shows its parts; :mod:`pxp.network.attentions` tells what each class looks like. The user's model is never
 modified.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -17,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .attentions import OUTSIDE, Form, form_of, is_known
+from .attentions import SUPPORTED as SUPPORTED
+from .layers import qualified
 
 
 class Rule(Protocol):
@@ -31,6 +34,8 @@ class Attention(nn.Module):
 
     Attributes
     ----------
+    form : Form
+        Where it has its parts.
     num_heads, head_dim : int
     heads : nn.Identity
         Its output (N, tokens, heads · channels) is what the heads give to the output projection.
@@ -40,6 +45,7 @@ class Attention(nn.Module):
         Of the attention's weights, in training.
     """
 
+    form: Form
     num_heads: int
     head_dim: int
     dropout: float = 0.0
@@ -53,6 +59,11 @@ class Attention(nn.Module):
     def output(self) -> nn.Linear:
         """The output projection."""
         raise NotImplementedError
+
+    @property
+    def span(self) -> int | None:
+        """How many tokens each one attends to; None: all of its sample."""
+        return None
 
     def head_weights(self) -> Tensor:
         """The weights of every head, incoming and outgoing, (heads, weights)."""
@@ -83,6 +94,7 @@ class _Torch(Attention):
     k_proj: nn.Linear
     v_proj: nn.Linear
     out_proj: nn.Linear
+    form = Form("out_proj", qkv=None, drop=None)
     batch_first = False  # tells nn.TransformerEncoderLayer not to take its fast path
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
@@ -138,92 +150,124 @@ class _Torch(Attention):
         return (out.transpose(0, 1) if self._tokens_first else out), weights
 
 
-class _Timm(Attention):
-    """In place of timm's ``Attention``, ``AttentionRope`` and ``EvaAttention``, with their own submodules."""
+class Described(Attention):
+    """In place of an attention that a :class:`Form` describes: its own attributes and parts, under their own names."""
 
-    qkv: nn.Linear | None
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
-    proj: nn.Linear
-    proj_drop: nn.Module
-
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: nn.Module, form: Form) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = original.num_heads, original.head_dim
-        for name, module in original._modules.items():  # also those that are None
-            self.add_module(name, module)
-        q_bias = getattr(original, "q_bias", None)
-        if q_bias is not None:  # EvaAttention keeps the bias outside of its projection
-            bias = torch.cat((q_bias, original.k_bias, original.v_bias))
-            self.qkv = _linear(original.qkv.weight, bias)
-        if not hasattr(self, "qkv"):  # EvaAttention's own is no module where the projections are separate
-            self.qkv = None
-        self.dropout = float(getattr(getattr(original, "attn_drop", None), "p", 0.0))
-        self._groups = getattr(original, "num_kv_groups", 1)
-        self._prefix = getattr(original, "num_prefix_tokens", 0)
-        self._half = getattr(original, "rotate_half", False)
+        # not what would hide a method or the parts of this class, such as the number of heads under the name "heads"
+        own = {name: value for name, value in vars(original).items() if not hasattr(self, name) or name[0] == "_"}
+        self.__dict__.update(own)
+        self._modules = {**original._modules, "heads": nn.Identity()}
+        self.form = form
+        self.num_heads = heads_of(original)
+        self.head_dim = self.output.in_features // self.num_heads
+        self.dropout = _probability(original, form.attn_drop)
+        self._dropped = 0.0 if form.drop is None else _probability(original, form.drop)
+        self._groups = getattr(self, form.groups, 1) if form.groups else 1
+        if form.fused_bias is not None and self._part("qkv") is not None:
+            self._modules["qkv"] = _linear(self._part("qkv").weight, form.fused_bias(self))
+            for name in OUTSIDE:
+                self._parameters.pop(name, None)
+                self._buffers.pop(name, None)
+        if not form.calls:  # hooks on what is never called must not run
+            for name in ("qkv", "proj"):
+                self._modules[name] = _linear(self._part(name).weight, self._part(name).bias)
+
+    def _part(self, name: str | None) -> Any:
+        return part_of(self, name)
 
     @property
     def output(self) -> nn.Linear:
-        return self.proj
+        return self._part(self.form.proj)
+
+    @property
+    def span(self) -> int | None:
+        return None if self.form.span is None else self.form.span(self)
 
     def head_weights(self) -> Tensor:
-        if self.qkv is not None:
-            incoming = self.qkv.weight.chunk(3)
+        fused = self._part(self.form.qkv)
+        if fused is not None:
+            incoming = fused.weight.chunk(3)
         else:
-            incoming = self.q_proj.weight, self._shared(self.k_proj.weight), self._shared(self.v_proj.weight)
+            q, k, v = (self._part(name).weight for name in (self.form.q, self.form.k, self.form.v))
+            incoming = q, self._shared(k), self._shared(v)
         return torch.cat([*map(self.by_head, incoming), self.by_head(self.output.weight.t())], dim=1)
 
     def _shared(self, weight: Tensor) -> Tensor:
         """Keys and values that a group of heads shares count for each of them."""
         return weight.unflatten(0, (-1, self.head_dim)).repeat_interleave(self._groups, 0).flatten(0, 1)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        gate = getattr(self, "gate", None)
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        form = self.form
+        given = {**dict(zip(form.takes, args, strict=False)), **options}
+        unknown = [name for name, value in options.items() if name not in form.takes and value is not None]
+        if unknown or len(args) > len(form.takes):
+            what = ", ".join(map(repr, unknown)) or f"{len(args) + 1} arguments"
+            raise ValueError(f"an attention with {what} is not supported")
+        gate = self._part(form.gate)
         if gate is not None:
             gate = gate(x).sigmoid()
             gate = gate if self.rule is None else gate.detach()  # as passes.Constant
-        if self.qkv is not None:
-            q, k, v = map(self.split, self.qkv(x).chunk(3, dim=-1))
+        x, window_mask, restore = (x, None, None) if form.windows is None else form.windows(self, x)
+        q, k, v = self._projected(x, given.pop("rope", None))
+        causal = given.pop("is_causal", False)
+        masks = [_of_windows(window_mask, len(x)), _of_windows(given.pop("mask", None), len(x)), *given.values()]
+        masks += [] if form.position is None else [form.position(self)]
+        mixed = self.attend(q, k, v, _together(masks, q), causal)
+        norm = self._part(form.norm)
+        mixed = mixed if norm is None else norm(mixed)
+        out = self.output(self.heads(mixed if gate is None else mixed * gate))
+        drop = self._part(form.drop)
+        out = F.dropout(out, self._dropped, self.training) if drop is None else drop(out)
+        out = out if restore is None else restore(out)
+        return (out, None) if form.pair else out
+
+    def _projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (N, heads, tokens, channels); logits are their products over √d."""
+        form, fused = self.form, self._part(self.form.qkv)
+        if fused is not None:
+            q, k, v = map(self.split, fused(x).chunk(3, dim=-1))
         else:
-            q, k, v = (self.split(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = (self.split(self._part(name)(x)) for name in (form.q, form.k, form.v))
+        q_norm, k_norm = self._part(form.q_norm), self._part(form.k_norm)
+        q, k = q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
         if rope is not None:
             q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
         if self._groups > 1:
             k, v = k.repeat_interleave(self._groups, dim=1), v.repeat_interleave(self._groups, dim=1)
-        mixed = self.attend(q, k, v, attn_mask, is_causal)
-        norm = getattr(self, "norm", None)
-        mixed = mixed if norm is None else norm(mixed)
-        mixed = self.heads(mixed if gate is None else mixed * gate)
-        return self.proj_drop(self.proj(mixed))
+        if form.logit_scale is not None:
+            scale = getattr(self, form.logit_scale).clamp(max=math.log(100)).exp()
+            q, k = self._direction(q) * (scale * math.sqrt(self.head_dim)), self._direction(k)
+        elif form.scale is not None:
+            q = q * (getattr(self, form.scale) * math.sqrt(self.head_dim))
+        return q, k, v
+
+    def _direction(self, tokens: Tensor) -> Tensor:
+        """Vectors of length 1; under a rule the division is by a constant, as in a normalisation."""
+        length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return tokens / (length if self.rule is None else length.detach())
 
     def _rotate(self, tokens: Tensor, rope: Tensor) -> Tensor:
         from timm.layers import apply_rot_embed_cat
 
-        prefix, rest = tokens[:, :, : self._prefix], tokens[:, :, self._prefix :]
-        return torch.cat([prefix, apply_rot_embed_cat(rest, rope, half=self._half)], dim=2)
-
-
-_TIMM = {
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.models.eva.EvaAttention",
-    "timm.models.vision_transformer.Attention",  # before timm 1.0.16
-}
-SUPPORTED = "torch.nn.MultiheadAttention and timm's Attention, AttentionRope and EvaAttention"
+        count = getattr(self, "num_prefix_tokens", 0)
+        prefix, rest = tokens[:, :, :count], tokens[:, :, count:]
+        rotated = apply_rot_embed_cat(rest, rope, half=getattr(self, "rotate_half", False))
+        return torch.cat([prefix, rotated], dim=2)
 
 
 def _is_supported(module: nn.Module) -> bool:
     kind = type_before_parametrizations(module)
     if kind is nn.MultiheadAttention:
         return module.bias_k is None and not module.add_zero_attn
-    return f"{kind.__module__}.{kind.__qualname__}" in _TIMM
+    return form_of(module) is not None
+
+
+def heads_of(module: nn.Module) -> int:
+    """The number of heads of a supported attention."""
+    form = None if isinstance(module, Attention) else form_of(module)
+    return getattr(module, "num_heads" if form is None else form.heads)
 
 
 def is_head_layer(module: nn.Module) -> bool:
@@ -258,9 +302,9 @@ def _describe(module: nn.Module) -> str:
         options = {"add_bias_kv": module.bias_k is not None, "add_zero_attn": module.add_zero_attn}
         return f"{name} with {' and '.join(option for option, given in options.items() if given)}"
     for base in type(module).__mro__[1:]:
-        if base is nn.MultiheadAttention or f"{base.__module__}.{base.__qualname__}" in _TIMM:
-            return f"{name}, a subclass of {base.__module__}.{base.__qualname__}"
-    return f"{type(module).__module__}.{name}" if any(other.endswith(f".{name}") for other in _TIMM) else name
+        if base is nn.MultiheadAttention or is_known(base):
+            return f"{name}, a subclass of {qualified(base)}"
+    return f"{type(module).__module__}.{name}" if is_known(type(module), name) else name
 
 
 def _only_gates(module: nn.Module) -> bool:
@@ -280,10 +324,56 @@ def make_explicit(twin: nn.Module) -> nn.Module:
 
 def _explicit(module: nn.Module, known: dict[int, Attention]) -> Attention:
     if id(module) not in known:
-        made = _Torch(module) if isinstance(module, nn.MultiheadAttention) else _Timm(module)
-        copy_hooks(module, made)
+        made: Attention
+        if isinstance(module, nn.MultiheadAttention):
+            made = _Torch(module)
+            copy_hooks(module, made)
+        else:
+            form = form_of(module)
+            assert form is not None
+            if form.own:
+                _check_parts(module, form)
+            made = Described(module, form).eval()
+            if form.own:
+                _check_values(module, made)
         known[id(module)] = made.eval()
     return known[id(module)]
+
+
+def _check_parts(module: nn.Module, form: Form) -> None:
+    """Whether what was registered of a class is there."""
+    separate = (form.q, form.k, form.v)
+    wrong = [
+        name
+        for name in (form.proj, *(separate if form.qkv is None else (form.qkv,)))
+        if not isinstance(part_of(module, name), nn.Linear)
+    ]
+    if wrong:
+        raise ValueError(f"{type(module).__name__} was registered with {wrong[0]!r}, which is no linear layer of it")
+    heads = getattr(module, form.heads, None)
+    if not isinstance(heads, int):
+        raise ValueError(f"{type(module).__name__} was registered with heads={form.heads!r}, which is no number of it")
+    if "heads" in module._modules:
+        raise ValueError(f"{type(module).__name__} has a part named 'heads', which explaining it needs for itself")
+
+
+def _check_values(module: nn.Module, made: Described) -> None:
+    """Whether a registered class computes what its description says, for random tokens."""
+    projection = part_of(module, made.form.qkv or made.form.q)
+    tokens = torch.randn(2, 5, projection.in_features, generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(projection.weight)
+    try:
+        with torch.no_grad():
+            expected, found = module.forward(tokens), made.forward(tokens)
+        expected, found = (both[0] if made.form.pair else both for both in (expected, found))
+        same = torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{type(module).__name__} does not fit what was registered of it: {error}") from error
+    if not same:
+        raise ValueError(
+            f"{type(module).__name__} does not compute what was registered of it: softmax(QKᵀ · scale) V of "
+            "all tokens, with queries, keys and values one after the other"
+        )
 
 
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -307,6 +397,36 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
 
 
+def _of_windows(mask: Tensor | None, number: int) -> Tensor | None:
+    """(windows, tokens, tokens) of one sample → (N · windows, 1, tokens, tokens)."""
+    return None if mask is None else mask.repeat(number // len(mask), 1, 1)[:, None]
+
+
+def _together(masks: list[Tensor | None], like: Tensor) -> Tensor | None:
+    """The sum of masks; those of bool are True for what is attended to."""
+    given = [mask for mask in masks if mask is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    total: Any = 0
+    for mask in given:
+        total = total + _additive(~mask if mask.dtype == torch.bool else mask, like)
+    return total
+
+
+def _probability(module: nn.Module, name: str) -> float:
+    """Of a dropout, which may be a module or a number."""
+    dropout = getattr(module, name, 0.0)
+    return float(getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout)
+
+
+def part_of(module: nn.Module, name: str | None) -> Any:
+    """A part by its name, which may have dots; None where there is none."""
+    part: nn.Module | None = None if name is None else module
+    for step in [] if name is None else name.split("."):
+        part = None if part is None else part._modules.get(step)
+    return part
+
+
 def logits(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     x = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
     if causal:
@@ -314,60 +434,3 @@ def logits(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is not None:
         x = x.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else x + mask
     return x
-
-
-def silence_heads(module: nn.Module, kept: Tensor) -> list:
-    """Let the pruned heads of an attention give exactly nothing to its output projection; returns what to remove.
-
-    ``nn.MultiheadAttention`` does not call its projection, and its fast path reads only the weights. So it gets, for
-    each pass, a projection whose columns of the pruned heads are zero.
-    """
-    if not isinstance(module, nn.MultiheadAttention | _Torch):
-        projection = module.proj if not isinstance(module, Attention) else module.output
-        assert isinstance(projection, nn.Linear)
-        width = projection.in_features // len(kept)
-
-        def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            off = ~kept.to(inputs[0].device).repeat_interleave(width)
-            return inputs[0].masked_fill(off, 0), *inputs[1:]
-
-        return [projection.register_forward_pre_hook(zero)]
-
-    replaced: list[nn.Module] = []
-
-    def narrow(attention: nn.Module, *_) -> None:
-        projection = attention.out_proj
-        replaced.append(projection)  # type: ignore[arg-type]
-        narrowed = copy.copy(projection)
-        narrowed.__class__ = type_before_parametrizations(projection)  # type: ignore[arg-type]
-        narrowed.__dict__.pop("weight", None)  # a hook may have set it
-        narrowed._parameters = {**projection._parameters, "weight": without_heads(projection.weight, kept)}  # type: ignore
-        attention._modules["out_proj"] = narrowed  # type: ignore[assignment]
-
-    def widen(attention: nn.Module, *_) -> None:
-        attention._modules["out_proj"] = replaced[-1]
-        replaced.pop()
-
-    return [
-        module.register_forward_pre_hook(narrow),
-        module.register_forward_hook(widen, prepend=True, always_call=True),
-        _Restored(module, replaced),
-    ]
-
-
-class _Restored:
-    """Removing it gives back the projection that a pass still holds: torch calls no hook after an interrupt."""
-
-    def __init__(self, attention: nn.Module, replaced: list[nn.Module]) -> None:
-        self.attention, self.replaced = attention, replaced
-
-    def remove(self) -> None:
-        if self.replaced:
-            self.attention._modules["out_proj"] = self.replaced[0]
-            self.replaced.clear()
-
-
-def without_heads(weight: Tensor, kept: Tensor) -> Tensor:
-    """An output projection's weight with the columns of the pruned heads zeroed."""
-    width = weight.shape[1] // len(kept)
-    return weight.masked_fill(~kept.to(weight.device).repeat_interleave(width), 0)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention import SUPPORTED, Attention, is_head_layer, unsupported_attention
+from .attention import SUPPORTED, Attention, heads_of, is_head_layer, unsupported_attention
+from .gated import incoming, is_gated, last_layer, unit_weights
 from .layers import CONVOLUTIONS, by_output
 from .replica import check_openable, replica
 from .trace import Trace, trace_model
@@ -28,12 +29,14 @@ class Layer:
     Attributes
     ----------
     name : str
-        The layer's name in ``model.named_modules()``; of heads, the attention module.
+        The layer's name in ``model.named_modules()``; of heads, the attention module; of hidden units of a gated MLP
+        (SwiGLU), the MLP.
     size : int
         Number of components: output channels, output features or heads.
     site : tuple of str
         Modules whose output carries the components: the BatchNorm behind a convolution, else the layer itself. Of
-        heads, what the replica of an attention gives to its output projection.
+        heads, what the replica of an attention gives to its output projection; of gated MLPs, what the replica gives
+        to the last layer.
     activation : str or None
         Activation module that directly takes the site's output.
     kind : str
@@ -162,7 +165,8 @@ class Components(Mapping[str, Layer]):
         check_openable(model)
         modules = dict(model.named_modules())
         for layer in self.values():
-            missing = [n for n in (layer.name, *([] if layer.kind == "head" else layer.site)) if n not in modules]
+            shown = layer.kind == "head" or is_gated(modules.get(layer.name))  # the site is of the replica only
+            missing = [n for n in (layer.name, *([] if shown else layer.site)) if n not in modules]
             if missing:
                 raise ValueError(f"these components are of another model: this one has no module {missing[0]!r}")
             found = _size(modules[layer.name], layer.kind)
@@ -191,11 +195,13 @@ def find_components(
         Left as it is.
     kind : {"filter", "neuron", "head", "mlp_output"} or a sequence of them
         ``"filter"``: output channels of all convolutions (grouped, depthwise and transposed ones too). ``"neuron"``:
-        outputs of the linear layers that feed an activation module. ``"head"``: attention heads of torch's
-        MultiheadAttention and of timm's. ``"mlp_output"``: outputs of the linear layer behind a layer of neurons;
-        Hatefi et al. 2024 prune them together with the neurons. Such an output is what the block adds to one coordinate
-        of the residual stream: pruning it saves a row of weights, but the coordinate itself stays, since other blocks
-        write to it too. Several kinds are scored in one pass and ranked together.
+        outputs of the linear layers that feed an activation module; of gated MLPs (timm's SwiGLU and GluMlp, Hugging
+        Face's DINOv2), whose hidden units are products, the channels that the last layer reads, under the MLP's name.
+        ``"head"``: attention heads, of the classes in :mod:`pxp.network.attentions`. ``"mlp_output"``: outputs of the
+        linear layer behind a layer of neurons; Hatefi et al. 2024 prune them together with the neurons. Such an output
+        is what the block adds to one coordinate of the residual stream: pruning it saves a row of weights, but the
+        coordinate itself stays, since other blocks write to it too. Several kinds are scored in one pass and ranked
+        together.
     gates : bool, default False
         Also those inside gates, such as the filters of a squeeze-and-excitation block. They only weigh what others
         compute, so an explanation that takes gates as constants gives them relevance 0, and they would be pruned first.
@@ -253,24 +259,26 @@ def find_components(
                 f"{type(model).__name__} has no components of kind {one!r} ({KINDS[one]}); it has "
                 f"{' and '.join(others) or 'none of any kind'}"
             )
-    order = {name: position for position, name in enumerate(_run_order(structure))}
+    gated = [name for name, module in twin.named_modules() if is_gated(module)]
+    order = {name: position for position, name in enumerate(_run_order(structure, [*structure.heads, *gated]))}
     layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
     return Components("+".join(kinds), layers, structure, model, left_out)
 
 
 def _gates(layer: Layer, structure: Trace) -> bool:
     """Whether the output depends on a layer only through gates."""
-    inner = [name for name in structure.order if name == layer.name or name.startswith(f"{layer.name}.")]
+    inside = f"{layer.name}." if layer.name else ""
+    inner = [name for name in structure.order if name == layer.name or name.startswith(inside)]
     return all(name in structure.gates for name in inner)
 
 
-def _run_order(structure: Trace) -> list[str]:
-    """All layers, an attention just before its own first layer."""
+def _run_order(structure: Trace, around: list[str]) -> list[str]:
+    """All layers, and the attentions and gated MLPs around some just before their own first layer."""
     names: list[str] = []
-    waiting = list(structure.heads)
+    waiting = around
     for name in structure.order:
-        names += [attention for attention in waiting if name.startswith(f"{attention}.") or attention == ""]
-        waiting = [attention for attention in waiting if attention not in names]
+        names += [module for module in waiting if name.startswith(f"{module}.") or module == ""]
+        waiting = [module for module in waiting if module not in names]
         names.append(name)
     return names + waiting
 
@@ -280,17 +288,23 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
     if kind == "head":
         return [_head_layer(name, twin.get_submodule(name), structure) for name in structure.heads]  # type: ignore[arg-type]
     readers = {name: reader_of(name, structure, modules) for name in structure.activations}
+    gated = {name: module for name, module in modules.items() if is_gated(module)}
+    last = {name: next(n for n, m in modules.items() if m is last_layer(module)) for name, module in gated.items()}
+    gated = {name: module for name, module in gated.items() if last[name] in structure.order}
     if kind == "filter":
         names = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)]
     else:
         names = [n for n in structure.order if isinstance(modules[n], nn.Linear) and n in structure.activations]
+        names = [name for name in names if name.rpartition(".")[0] not in gated]  # half of a product
         if kind == "mlp_output":
             names = [reader for name in names if (reader := readers[name]) is not None]
-            names = [name for name in names if name not in structure.activations]
+            names = [name for name in [*names, *(last[name] for name in gated)] if name not in structure.activations]
     layers = []
+    if kind == "neuron":
+        layers += [_gated_layer(name, module, structure.positions[last[name]]) for name, module in gated.items()]
     for name in names:
         module, places = modules[name], structure.positions[name]
-        incoming = by_output(module).shape[1]
+        fan_in = by_output(module).shape[1]
         reader = readers.get(name) if kind == "neuron" else None
         outgoing = 0 if reader is None else _size(modules[reader], "neuron")
         layers.append(
@@ -300,11 +314,20 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
                 structure.site(name),
                 structure.activations.get(name),
                 kind,
-                incoming + (module.bias is not None) + outgoing,
-                2 * places * (incoming + outgoing),
+                fan_in + (module.bias is not None) + outgoing,
+                2 * places * (fan_in + outgoing),
             )
         )
     return layers
+
+
+def _gated_layer(name: str, mlp: nn.Module, places: int) -> Layer:
+    """Hidden units of a gated MLP."""
+    size = _size(mlp, "neuron")
+    weights = unit_weights(mlp).shape[1] + last_layer(mlp).out_features
+    biases = sum(0 if part.bias is None else part.bias.numel() // size for part in incoming(mlp))
+    site = f"{name}.hidden" if name else "hidden"
+    return Layer(name, size, (site,), None, "neuron", weights + biases, 2 * places * weights)
 
 
 def reader_of(name: str, structure: Trace, modules: dict[str, nn.Module]) -> str | None:
@@ -339,11 +362,14 @@ def _head_layer(name: str, attention: Attention, structure: Trace) -> Layer:
         None,
         "head",
         projections + biases,
-        2 * places * projections + 4 * places**2 * attention.head_dim,
+        2 * places * projections + 4 * places * (attention.span or places) * attention.head_dim,
     )
 
 
 def _size(module: nn.Module, kind: str) -> int:
     if kind == "head":
-        return module.num_heads if is_head_layer(module) else 0  # type: ignore[return-value]
+        return heads_of(module) if is_head_layer(module) else 0
+    last = last_layer(module)
+    if last is not None:
+        return last.in_features
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))

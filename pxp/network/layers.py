@@ -61,6 +61,10 @@ def _timm(module: str, *names: str) -> tuple[str, ...]:
     return tuple(f"timm.layers.{module}.{name}" for name in names)
 
 
+def _hugging_face(*names: str) -> tuple[str, ...]:
+    return tuple(f"transformers.activations.{name}" for name in names)
+
+
 KINDS = [
     Kind("convolution", "rule", (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_timm("conv2d_same", "Conv2dSame")),
          ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")),
@@ -97,11 +101,15 @@ KINDS = [
         (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid, nn.Hardshrink,
          nn.Softshrink, nn.Tanhshrink, nn.Threshold, "timm.models.nfnet.GammaAct",
          *_timm("activations", "Swish", "Mish", "HardSwish", "HardMish", "GELU", "GELUTanh", "QuickGELU"),
-         *_timm("activations_me", "SwishMe", "MishMe", "HardSwishMe", "HardMishMe")),
+         *_timm("activations_me", "SwishMe", "MishMe", "HardSwishMe", "HardMishMe"),
+         *_hugging_face("GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "GELUTanh",
+                        "PytorchGELUTanh", "AccurateGELUActivation", "SiLUActivation",
+                        "MishActivation")),
         ("gelu", "silu", "mish", "hardswish", "elu", "celu", "selu", "softplus", "logsigmoid", "hardshrink",
          "softshrink", "tanhshrink", "threshold"),
     ),
-    Kind("clipped activation", "identity", (nn.ReLU6, nn.Hardtanh), ("relu6", "hardtanh", "clamp", "clip"), gate=CLIP),
+    Kind("clipped activation", "identity", (nn.ReLU6, nn.Hardtanh, *_hugging_face("ClippedGELUActivation")),
+         ("relu6", "hardtanh", "clamp", "clip"), gate=CLIP),
     Kind("squashing activation", "identity", (nn.Tanh, nn.Softsign, *_timm("activations", "Tanh")),
          ("tanh", "softsign"), gate=SQUASH),
     Kind(
@@ -228,7 +236,10 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     known = {kind.name: kind for kind in KINDS}
     kind = known.get(like) if isinstance(like, str) else kind_of_class(like)
     if kind is None:
-        raise ValueError(f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}")
+        raise ValueError(
+            f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}; "
+            "an attention is described, with pxp.register_attention"
+        )
     _BY_CLASS[cls] = kind
     return kind
 
@@ -246,6 +257,14 @@ ELEMENTWISE = (
     torch.tanh, F.tanh, F.dropout,
 )  # fmt: skip
 IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
+# gated MLPs, whose hidden units are products, and their last layers
+_DINO = "transformers.models.dinov2"
+GATED = {
+    "timm.layers.mlp.SwiGLU": "fc2",
+    "timm.layers.mlp.GluMlp": "fc2",
+    f"{_DINO}.modeling_dinov2.Dinov2SwiGLUFFN": "down_proj",
+    f"{_DINO}_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN": "down_proj",
+}
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from .attention import make_explicit
 from .bake import bake
+from .gated import show_hidden
 from .layers import is_activation
 
 
@@ -27,8 +28,9 @@ def replica(model: nn.Module) -> nn.Module:
     """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
 
     The copy's parameters need no gradient, its activations are not in-place, its attentions show their parts (see
-    :class:`pxp.network.attention.Attention`), and the user's hooks on the forward pass come along. Weights that are
-    computed from others have their values (see :mod:`pxp.network.bake`).
+    :class:`pxp.network.attention.Attention`), its gated MLPs their hidden units (:mod:`pxp.network.gated`), and the
+    user's hooks on the forward pass come along. Weights that are computed from others have their values (see
+    :mod:`pxp.network.bake`).
 
     Raises
     ------
@@ -57,6 +59,7 @@ def replica(model: nn.Module) -> nn.Module:
             for function, its_module in ((F.relu, nn.ReLU), (F.gelu, nn.GELU)):  # what activation="gelu" stands for
                 if module.activation is function:
                     module.activation = its_module().eval()
+    show_hidden(twin)
     return make_explicit(twin)
 
 

@@ -192,7 +192,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         layer = modules[call.layer]
         placed = call.read if isinstance(layer, TRANSPOSED) else call.tensor
         components = placed.shape[-1 if isinstance(layer, nn.Linear) else 1]
-        positions[call.layer] = positions.get(call.layer, 0) + placed[0].numel() // components
+        places = placed.numel() // (components * len(images))  # windows of a sample are samples to a layer
+        positions[call.layer] = positions.get(call.layer, 0) + places
         if _key(call.tensor) != (call.norm_output or call.output):
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)

@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 from conftest import MODES, only, relative
-from vits import GATED, LISTED, MODELS, Wrapped, images_of, lively, mha
+from vits import LISTED, MODELS, Wrapped, images_of, lively, mha
 
 import pxp
 from pxp.network.attention import Attention
@@ -56,7 +56,7 @@ def test_transformers_have_equal_outputs_and_batches_equal_singles(name, untouch
     images, targets = images_of(model, 3)
     with torch.no_grad():
         assert relative(replica(model)(images), model(images)) < 1e-13
-    units = pxp.find_components(model, "head" if name in GATED else ("head", "neuron"))
+    units = pxp.find_components(model, ("head", "neuron"))
     assert units.of_kind("head").total == 6
     criterion = pxp.LRP("gamma", softmax="zplus")
     together = pxp.attribute(model, (images, targets), units, criterion)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pxp
-from pxp.network import layers
+from pxp.network import attentions, layers
 from pxp.network.layers import kind_of, kind_of_function
 
 
@@ -22,6 +22,7 @@ from pxp.network.layers import kind_of, kind_of_function
 def table(monkeypatch):
     """What a test registers is forgotten afterwards."""
     monkeypatch.setattr(layers, "_BY_CLASS", dict(layers._BY_CLASS))
+    monkeypatch.setattr(attentions, "_KNOWN", dict(attentions._KNOWN))
 
 
 class Subclass(nn.GELU):
@@ -222,8 +223,10 @@ def test_the_page_about_ones_own_layer_runs(table, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL)
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 4 and names["heat"].shape == names["images"].shape
+    assert len(blocks) == 6 and names["heat"].shape == names["images"].shape
     refused, wrong, *table_lines = capsys.readouterr().out.splitlines()
     assert refused.startswith("'0.gate' (OwnGate) computes ")
     assert "relevance is not conserved in '0' (OwnSoftplus)" in wrong
     assert table_lines[0].startswith("relevance by LRP('gamma')")
+    assert table_lines[-1] == "OwnAttention was registered with heads='num_heads', which is no number of it"
+    assert names["small"].attention.num_heads == 2

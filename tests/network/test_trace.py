@@ -5,25 +5,42 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vits import MODELS, Around, Wrapped, mha, small_timm
+from vits import MODELS, Around, Wrapped, images_of, lively, mha, small_timm
 
 import pxp
 
 
-@pytest.mark.parametrize("name", ["swin_t"])
-def test_unsupported_attention_is_named(name, untouched):
+def test_unsupported_attention_is_named(untouched):
     torch.manual_seed(0)
-    model = untouched(torchvision.models.get_model(name, weights=None, num_classes=4).eval())
-    with pytest.raises(ValueError, match=r"heads of .*0\.attn' \(ShiftedWindowAttention\w*\) cannot be told apart"):
+    model = timm.create_model("convit_tiny", num_classes=4, depth=2, img_size=32).eval()
+    model(torch.zeros(1, 3, 32, 32))  # it keeps what it makes of the first image's size
+    untouched(model)
+    with pytest.raises(ValueError, match=r"heads of 'blocks.0.attn' \(GPSA\) cannot be told apart"):
         pxp.find_components(model, "head")
     units = pxp.find_components(model, "neuron")
-    images, targets = torch.rand(1, 3, 64, 64), torch.tensor([0])
-    with pytest.raises(ValueError, match="there is no LRP rule for 'features.1.0.attn'"):
+    images, targets = torch.rand(1, 3, 32, 32), torch.tensor([0])
+    with pytest.raises(ValueError, match="there is no LRP rule for 'blocks.0.attn'"):
         pxp.attribute(model, (images, targets), units, pxp.LRP())
     assert pxp.attribute(model, (images, targets), units, pxp.Taylor()).samples == 1
+
+
+def test_a_vision_transformer_with_attention_pooling_has_neurons(untouched):
+    """Also those of the pooling's own MLP; its heads are not told apart."""
+    make = small_timm("vit_base_patch16_siglip_224", embed_dim=24, num_heads=3, mlp_ratio=1)
+    model = untouched(lively(make()))
+    images, targets = images_of(model)
+    units = pxp.find_components(model, "neuron")
+    assert {name: layer.size for name, layer in units.items()} == {
+        "blocks.0.mlp.fc1": 24, "blocks.1.mlp.fc1": 24, "attn_pool.mlp.fc1": 24,
+    }  # fmt: skip
+    scores = pxp.attribute(model, (images, targets), units, pxp.Taylor())
+    curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.5), progress=False)
+    assert curve.rates == (0, 0.5)
+    for call in (lambda: pxp.find_components(model, "head"), lambda: pxp.heatmap(model, images, targets)):
+        with pytest.raises(ValueError, match=r"'attn_pool' \(AttentionPoolLatent\)"):
+            call()
 
 
 class Sharing(nn.Module):
@@ -65,8 +82,8 @@ UNSUPPORTED = {
     "of one's own": (lambda: Around(Sharing()), r"'inner' \(Sharing\)"),
     "fused": (lambda: Around(Fused()), r"'inner' \(Fused\)"),
     "another library's of the same name": (
-        lambda: timm.create_model("beit_base_patch16_224", num_classes=4, depth=1, img_size=32, embed_dim=24, num_heads=3),
-        r"'blocks.0.attn' \(timm.models.beit.Attention\)",
+        lambda: timm.create_model("samvit_base_patch16", num_classes=4, depth=1, img_size=32, embed_dim=24, num_heads=3),
+        r"'blocks.0.attn' \(timm.models.vision_transformer_sam.Attention\)",
     ),
     "bias_kv": (lambda: Wrapped(mha(add_bias_kv=True)), r"'attention' \(MultiheadAttention with add_bias_kv\)"),
     "zero_attn": (lambda: Wrapped(mha(add_zero_attn=True)), r"'attention' \(MultiheadAttention with add_zero_attn\)"),
