@@ -18,6 +18,7 @@ from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
 from .network.gated import incoming, unit_weights
+from .network.outputs import logits_of
 from .network.replica import check_values, eager, out_of_memory, replica
 from .network.signals import Pass, Signals
 from .network.trace import Trace
@@ -212,14 +213,15 @@ class Probe:
 
     def logits(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run the network: (samples, classes), which have these labels; what enters a softmax at its end."""
+        signals = None
         try:
             with eager():
                 if self.structure.followed:
-                    with Signals(self.twin, images, self._functions).watching() as signals:
+                    signals = Signals(self.twin, images, self._functions)
+                    with signals.watching():
                         output = self.twin(images)
-                    logits = signals.logits(output)
                 else:
-                    logits = self.twin(images)
+                    output = self.twin(images)
         except (RuntimeError, AssertionError) as error:
             if out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(
@@ -228,9 +230,7 @@ class Probe:
             raise ValueError(
                 f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"
             ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
+        logits = logits_of(output) if signals is None else signals.logits(logits_of(output))
         labels = labels.to(logits.device)  # a model may be spread over several devices
         if int(labels.max()) >= logits.shape[1]:
             raise ValueError(

@@ -22,6 +22,7 @@ from .criteria import Criterion
 from .data import Data
 from .masks import Mask, masked
 from .network.components import Components
+from .network.outputs import logits_of
 from .network.replica import evaluating
 from .scores import Scores
 from .search.studies import fingerprints, whole
@@ -187,11 +188,11 @@ def finetune(
             order = torch.randperm(len(labels))
             for index in order.split(batch_size):
                 x, y = images[index], labels[index]
-                logits = trained(x)
+                logits = logits_of(trained(x))
                 loss = F.cross_entropy(logits, y)
                 if teacher is not None:
                     with torch.no_grad():
-                        goal = teacher(x)
+                        goal = logits_of(teacher(x))
                     loss = (loss + _divergence(logits, goal, temperature)) / 2
                 optimizer.zero_grad()
                 loss.backward()

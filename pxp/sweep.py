@@ -22,6 +22,7 @@ from .network.attention import Attention
 from .network.bake import plain
 from .network.fold import fold_batch_norm
 from .network.layers import for_weight
+from .network.outputs import logits_of
 from .network.replica import check_values, evaluating, replica
 from .network.silence import without_heads
 
@@ -261,10 +262,8 @@ def correct(
         if len(labels) == 0:
             continue
         rows = []
-        for logits in run(images if reference is None else images.to(reference)):
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(f"the model's output must be logits of shape (batch, classes), got {shape}")
+        for output in run(images if reference is None else images.to(reference)):
+            logits = logits_of(output)
             highest = int(labels.max()) if wanted is None else int(wanted.max())
             if highest >= logits.shape[1]:
                 raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")

@@ -16,6 +16,7 @@ from ..models import load_model
 from ..network.components import Components
 from ..network.fold import fold_batch_norm
 from ..network.gated import hide_hidden
+from ..network.outputs import tensors
 from ..network.replica import evaluating, replica
 from ..network.trace import example_input
 from .follow import Compactor
@@ -146,8 +147,8 @@ class Blueprint:
         tolerance = 1e-2 if self.noise.dtype in (torch.float16, torch.bfloat16) else 1e-4
         for mask, output in zip(masks, found, strict=True):
             with masked(self.model, mask), evaluating(self.model), torch.no_grad():
-                expected = _tensors(self.model(self.noise.clone()))
-            pairs = list(zip(_tensors(output), expected, strict=False))
+                expected = list(tensors(self.model(self.noise.clone())))
+            pairs = list(zip(tensors(output), expected, strict=False))
             same = len(pairs) == len(expected) > 0 and all(a.shape == b.shape for a, b in pairs)
             if not same or not all(_distance(a, b) <= tolerance for a, b in pairs):  # also NaN
                 raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
@@ -179,13 +180,6 @@ def _where(small: fx.GraphModule, images: Tensor) -> str:
     except Exception:
         return place(failed[-1])
     return ""
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors of an output, which may be a tensor or tuples, lists and dicts of them."""
-    found: list[Tensor] = []
-    fx.node.map_aggregate(output, lambda part: found.append(part) if isinstance(part, Tensor) else None)
-    return found
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -238,8 +232,8 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> fx.GraphMo
     ValueError
         Not a file of this kind, or damaged; one that does not fit ``model``; no ``model`` for a network of your own.
     """
-    units, tensors, extra = load_tensors(path, "compact")
-    state, shape = tensors["state"], extra["example"]
+    units, held, extra = load_tensors(path, "compact")
+    state, shape = held["state"], extra["example"]
     if model is None and extra["model"] is None:
         raise ValueError(f"{path} was made of a network that pxp.load_model does not make; pass model=<one like it>")
     try:
@@ -249,7 +243,7 @@ def load_compact(path: str | Path, model: nn.Module | None = None) -> fx.GraphMo
             raise ValueError(f"an example of shape {tuple(shape)} is too large")
         dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
         twin = hide_hidden(replica(load_model(extra["model"]) if model is None else model)).to("cpu", dtype)
-        small = compact(twin, Mask(units, tensors["kept"]), example=torch.zeros(shape))
+        small = compact(twin, Mask(units, held["kept"]), example=torch.zeros(shape))
         small.load_state_dict(_checked(state, small))
     except Exception as error:  # the file may hold anything
         raise ValueError(f"{path} does not fit this network: {error}") from error

@@ -197,14 +197,11 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def create_args_for_root(self, *args: Any, **options: Any) -> tuple[Any, list[Any]]:
-        function, given = super().create_args_for_root(*args, **options)
-        if self.defaults:  # only the first argument stays one
-            for place, proxy in enumerate(given[2:], 2):
-                if isinstance(proxy, fx.Proxy) and proxy.node.args:
-                    given[place] = proxy.node.args[0]
-                    self.graph.erase_node(proxy.node)
-        return function, given
+    def create_args_for_root(self, root_fn: Any, *args: Any, **options: Any) -> tuple[Any, list[Any]]:
+        if not self.defaults:
+            return super().create_args_for_root(root_fn, *args, **options)
+        first = list(inspect.signature(root_fn).parameters)[1]  # behind self; the others keep their defaults
+        return root_fn, [self.root, self.create_proxy("placeholder", first, (), {})]
 
     def create_node(self, *args: Any, **options: Any) -> fx.Node:
         node = super().create_node(*args, **options)

@@ -18,8 +18,9 @@ from zennit.core import Composite
 
 from ..network.fold import fold_batch_norm
 from ..network.layers import kind_of_function
+from ..network.outputs import logits_of, tensors
 from ..network.replica import eager, replica
-from ..network.signals import Signals, tensors
+from ..network.signals import Signals
 from ..network.trace import Trace
 from .passes import FUNCTIONS
 
@@ -65,7 +66,7 @@ def check_balance(
         point = image.double().requires_grad_()
         constants = _Constants(twin, point, hooks)
         with constants.watching():
-            logits = constants.logits(twin(point))
+            logits = constants.logits(logits_of(twin(point)))
         target = logits.gather(1, label[:, None]).sum()
         if not target.requires_grad:
             return

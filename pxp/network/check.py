@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .outputs import tensors
 from .replica import eager, evaluating
-from .signals import tensors
 from .trace import Trace
 
 # relative to the largest value; folding BatchNorm rounds differently, and parts of a network in float64 may compute in

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .attention import Attention
 from .bake import kind_in_replica
 from .layers import GATE, Kind, kind_of_function
+from .outputs import tensors
 
 # (function, its arguments, its options, what it is) → its result, with another backward pass
 Pass = Callable[[Callable, tuple, dict, Kind], Any]
@@ -246,17 +247,6 @@ class Signals(TorchFunctionMode):
         if gate == 0 and ((name.endswith("_") and not name.startswith("__")) or name.startswith("__i")):
             return fault(f"{name} that overwrites a gate")
         return f"constant {gate}", [second if gate == 0 else first]
-
-
-def tensors(values: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from tensors(value)
-    elif isinstance(values, dict):
-        yield from tensors(list(values.values()))
 
 
 def without_functions() -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .layers import CONVOLUTIONS, TRANSPOSED, is_activation, is_batch_norm
+from .outputs import tensors
 from .replica import eager, out_of_memory, replica
-from .signals import Signal, Signals, tensors
+from .signals import Signal, Signals
 
 T = TypeVar("T")
 
@@ -167,7 +168,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             )
     with torch.inference_mode(False), torch.no_grad(), eager(), uses.watching():
         output = twin(images)
-    reached = uses.of(next(tensors(output), None)) or Signal()
+    answer = next(tensors(getattr(output, "logits", output)), None)
+    reached = uses.of(answer) or Signal()
     faults: dict[str, dict[str, None]] = {}
     for name, what in sorted(reached.faults):
         faults.setdefault(name, {})[what] = None
@@ -208,7 +210,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         tuple(overwritten),
         {name: tuple(found) for name, found in faults.items()},
         tuple(layer for layer, bit in uses.layers.items() if not reached.layers & bit),
-        uses.changed or (isinstance(output, Tensor) and uses.logits(output) is not output),
+        uses.changed or (answer is not None and uses.logits(answer) is not answer),
         tuple(norm for norm, number in runs.items() if number > merged[norm]),
     )
 

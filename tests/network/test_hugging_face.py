@@ -1,4 +1,4 @@
-"""Hugging Face's vision transformers; their models give objects, so a wrapper takes the logits out."""
+"""Hugging Face's vision transformers, whose models give objects that hold the logits."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ from pxp.network.replica import replica
 transformers = pytest.importorskip("transformers", minversion="5.20")
 
 
-class Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).logits
-
-
-def small(kind: str, implementation: str = "sdpa", **options) -> Logits:
+def small(kind: str, implementation: str = "sdpa", **options) -> nn.Module:
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=16, num_labels=4,
         **({"mlp_ratio": 1} if "Dino" in kind else {"intermediate_size": 20}), **options,
@@ -33,7 +24,7 @@ def small(kind: str, implementation: str = "sdpa", **options) -> Logits:
     suffix = "ForImageClassification"
     model = getattr(transformers, kind + suffix)(config)
     model.set_attn_implementation(implementation)
-    return lively(Logits(model))
+    return lively(model)
 
 
 MODELS = {
@@ -53,8 +44,7 @@ def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def by_hand(model: nn.Module, x: Tensor, cp: bool) -> tuple[Tensor, list[Tensor]]:
     """Logits, and of every block what the heads give to the projection."""
-    whole = model.model
-    trunk = whole.base_model
+    trunk = model.base_model
     embeddings = trunk.embeddings
     patches = embeddings.patch_embeddings.projection(x).flatten(2).transpose(1, 2)
     first = [embeddings.cls_token]
@@ -86,9 +76,9 @@ def by_hand(model: nn.Module, x: Tensor, cp: bool) -> tuple[Tensor, list[Tensor]
         tokens = tokens + (y * block.layer_scale2.lambda1 if dino else y)
     tokens = norm(trunk.layernorm, tokens)
     if not dino:
-        return whole.classifier(tokens[:, 0]), found
+        return model.classifier(tokens[:, 0]), found
     skipped = 1 + (embeddings.register_tokens.shape[1] if hasattr(embeddings, "register_tokens") else 0)
-    return whole.classifier(torch.cat([tokens[:, 0], tokens[:, skipped:].mean(1)], 1)), found
+    return model.classifier(torch.cat([tokens[:, 0], tokens[:, skipped:].mean(1)], 1)), found
 
 
 @pytest.mark.parametrize("rule", ["attnlrp", "cp"])
@@ -99,7 +89,7 @@ def test_heatmaps_and_heads_are_those_written_out(name, rule, untouched):
     images, targets = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 3])
     point = images.clone().requires_grad_()
     logits, mixed = by_hand(model, point, rule == "cp")
-    assert relative(logits, model(images)) < 1e-12
+    assert relative(logits, model(images).logits) < 1e-12
     of_pixels, *of_heads = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), (point, *mixed))
     criterion = pxp.LRP(pxp.Epsilon(1e-14), softmax=rule)
     assert relative(pxp.heatmap(model, images, targets, criterion), images * of_pixels) < 1e-9
@@ -120,8 +110,8 @@ def test_masks_and_curves(name, implementation, untouched):
     error = 1e-6 if implementation == "eager" and "DINO" not in name else 1e-12
     units = pxp.find_components(model, ("head", "neuron", "mlp_output"))
     assert [layer.kind for layer in units.values()] == 2 * ["head", "neuron", "mlp_output"]
-    before = model(images).detach()
-    assert relative(replica(model)(images), before) < error
+    before = model(images).logits.detach()
+    assert relative(replica(model)(images).logits, before) < error
     for layer, each in units.of_kind("head").items():
         for index in range(each.size):
             twin = replica(model)
@@ -129,15 +119,15 @@ def test_masks_and_curves(name, implementation, untouched):
             weight = attention.output.weight.clone()
             weight[:, 8 * index : 8 * index + 8] = 0
             attention.output.weight = nn.Parameter(weight, requires_grad=False)
-            expected = twin(images)
+            expected = twin(images).logits
             assert relative(expected, before) > 1e-4
             for mode in MODES.values():
                 with mode(), pxp.masked(model, only(units, layer, index)):
-                    assert relative(model(images).detach(), expected) < error
+                    assert relative(model(images).logits.detach(), expected) < error
     for layer, each in units.of_kind("neuron").items():
         for index in range(each.size):
             with torch.no_grad(), pxp.masked(model, only(units, layer, index)):
-                assert not torch.equal(model(images), before), (layer, index)
+                assert not torch.equal(model(images).logits, before), (layer, index)
     scores = pxp.attribute(model, (images, targets), units, pxp.LRP("gamma", softmax="zplus"))
     curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False)
     with pxp.masked(model, scores.select(0.3)):
@@ -152,7 +142,7 @@ def test_heads_and_neurons_are_taken_out(name, untouched):
         small = pxp.compact(model, mask, example=x)
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
         with pxp.masked(model, mask), torch.no_grad():
-            assert relative(small(x).detach(), model(x)) < 1e-12
+            assert relative(small(x)["logits"].detach(), model(x).logits) < 1e-12
 
 
 def test_others_of_hugging_face_are_refused_by_name():
@@ -160,6 +150,6 @@ def test_others_of_hugging_face_are_refused_by_name():
         hidden_size=24, num_hidden_layers=1, num_attention_heads=3, image_size=32, patch_size=16, num_labels=4,
         intermediate_size=20,
     )  # fmt: skip
-    model = Logits(transformers.BeitForImageClassification(config)).eval()
-    with pytest.raises(ValueError, match=r"the heads of 'model.beit.*' \(Beit\w*Attention\) cannot be told apart"):
+    model = transformers.BeitForImageClassification(config).eval()
+    with pytest.raises(ValueError, match=r"the heads of 'beit.*' \(Beit\w*Attention\) cannot be told apart"):
         pxp.find_components(model, "head")
