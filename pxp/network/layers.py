@@ -145,6 +145,7 @@ KINDS = [
     ),
     Kind("sum", "derivative", (), ("add", "radd", "iadd", "sub", "subtract", "rsub", "isub", "neg", "negative")),
     Kind("product", "product", (), ("mul", "multiply", "rmul", "imul", "square", "pow")),
+    Kind("sum with a product", "product", (), ("addcmul",)),
     Kind("quotient", "product", (), ("div", "divide", "true_divide", "truediv", "rdiv", "rtruediv", "itruediv")),
     Kind("gated linear unit", "glu", (), ("glu",)),
     Kind("product of matrices", "product", (),
@@ -216,8 +217,8 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     like : type or str
         A class that is known, such as ``nn.Sigmoid`` for a gate, ``nn.GELU`` for an activation, ``nn.LayerNorm`` or
         ``nn.Conv2d``; or the name of a kind, such as ``"gate"``. A normalisation needs the attributes of the class it
-        is like (``normalized_shape`` or ``num_groups``, ``weight``, ``eps``), a layer with weights ``weight`` and
-        ``bias``, which its forward pass must read.
+        is like (``normalized_shape`` or ``num_groups``, ``weight``, ``eps``). A convolution or linear layer with a
+        forward pass of its own is a subclass of torch's, and found to be one without being told.
 
     Returns
     -------
@@ -227,7 +228,7 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     Raises
     ------
     TypeError
-        ``cls`` is no module class.
+        ``cls`` is no module class; it is like a layer with weights, but no subclass of torch's.
     ValueError
         Nothing is known of ``like``.
     """
@@ -239,6 +240,11 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
         raise ValueError(
             f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}; "
             "an attention is described, with pxp.register_attention"
+        )
+    if kind.passes == "rule" and not issubclass(cls, (*CONVOLUTIONS, nn.Linear)):
+        raise TypeError(
+            f"{cls.__name__} is no subclass of {', '.join(one.__name__ for one in (*CONVOLUTIONS, nn.Linear))}, so no "
+            "rule can read its weight; make it one, whose forward pass uses self.weight and self.bias"
         )
     _BY_CLASS[cls] = kind
     return kind

@@ -237,6 +237,9 @@ class Signals(TorchFunctionMode):
             if exponent == 1:
                 return "", signals
             return ("half", signals) if exponent == 2 else fault(f"{name.strip('_')} by {exponent}")
+        if kind.name == "sum with a product":
+            factors = [self.of(factor) for factor in (*args[1:], options.get("tensor1"), options.get("tensor2"))]
+            return fault(name) if sum(factor is not None for factor in factors) > 1 else ("", signals)
         if kind.name == "quotient":
             return ("", signals) if second is None and not name.strip("_").startswith("r") else fault("quotient")
         if first is None or second is None:
