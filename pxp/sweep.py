@@ -7,6 +7,7 @@ output for every mask, in which no value is computed twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
@@ -20,12 +21,14 @@ from .data import Data, batches
 from .masks import Mask, masked
 from .network.attention import Attention
 from .network.bake import plain
+from .network.check import same_outputs
 from .network.fold import fold_batch_norm
 from .network.layers import for_weight
-from .network.outputs import logits_of
+from .network.outputs import logits_of, tensors
 from .network.replica import check_values, evaluating, replica
 from .network.silence import without_heads
 
+logger = logging.getLogger(__name__)
 ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
 
 
@@ -45,7 +48,7 @@ class Sweep:
     ) -> None:
         self.model, self.data, self.classes, self.batch_size = model, data, classes, batch_size
         self._blueprint: Blueprint | None = None
-        self._can_cut = True
+        self._can_cut, self._compared = True, False
         self._lock = Lock()  # tuning may run in threads; only the private copy of the model is ever changed
         self._known: dict[tuple, float] = {}
 
@@ -85,6 +88,8 @@ class Sweep:
                 yield network
             else:
                 with silenced(self.model, masks[0]) as twin:
+                    if not self._compared:
+                        self._compare(twin, masks[0])
                     yield _alone(twin)
             masks = masks[number:]
 
@@ -104,10 +109,31 @@ class Sweep:
                 network = merger.network()
                 with torch.no_grad():
                     self._blueprint.check(masks[:number], network(self._blueprint.noise))
-            except Exception:  # whatever hinders it, masking gives the same
+            except Exception as error:  # whatever hinders it, masking gives the same
                 self._can_cut = False
+                logger.warning(
+                    "%s cannot be cut, so masks are measured one at a time: %s", type(self.model).__name__, error
+                )
                 return 1, None
         return number, network
+
+    def _compare(self, twin: nn.Module, mask: Mask) -> None:
+        """Once: that the faster way to mask a model gives what masking it gives."""
+        images, _ = next(batches(self.data, 2), (None, None))
+        if images is None:
+            return
+        reference = next((p for p in self.model.parameters() if p.is_floating_point()), images)
+        images = images.to(reference)
+        with torch.no_grad(), evaluating(self.model):
+            found = list(tensors(twin(images)))
+            with masked(self.model, mask):
+                same = same_outputs(found, list(tensors(self.model(images))))
+        if not same:
+            raise ValueError(
+                f"{type(self.model).__name__} under a mask gives something else than pxp's copy of it; are its outputs "
+                "random in evaluation mode?"
+            )
+        self._compared = True
 
 
 class Merger:

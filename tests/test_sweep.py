@@ -10,6 +10,7 @@ import torch
 from conftest import drawn, network, randomise, same, snapshot
 from test_evaluate import NETS
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pxp
@@ -180,7 +181,7 @@ class Branches(nn.Module):
         return self.fc(x if x.sum() > 0 else -x)
 
 
-def test_what_cannot_be_cut_is_masked():
+def test_what_cannot_be_cut_is_masked(caplog):
     torch.manual_seed(0)
     model, images = Branches().eval(), torch.rand(30, 1, 8, 8)
     data = images, model(images).argmax(1)
@@ -188,7 +189,28 @@ def test_what_cannot_be_cut_is_masked():
     masks = [drawn(units, 0.5, seed) for seed in range(3)]
     with pytest.raises(ValueError, match="cannot be traced"):
         pxp.compact(model, masks[0], example=images[:1])
-    assert Sweep(model, data, batch_size=30).accuracies(masks) == by_hand(model, masks, data)
+    expected = by_hand(model, masks, data)
+    caplog.clear()
+    assert Sweep(model, data, batch_size=30).accuracies(masks) == expected
+    (said,) = caplog.messages  # once for all masks
+    assert said.startswith("Branches cannot be cut, so masks are measured one at a time: Branches cannot be traced")
+
+
+@pytest.mark.parametrize("wrong", [nn.Dropout(0.5).train, lambda: None])
+def test_masking_is_compared_too(wrong, monkeypatch):
+    """With the masked model itself, which is random here, or masked otherwise."""
+
+    class Random(Branches):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.5, training=True) if wrong() else x)
+
+    torch.manual_seed(0)
+    model, images = Random().eval(), torch.rand(30, 1, 8, 8)
+    units = pxp.find_components(model, example=images[:1])
+    if wrong() is None:
+        monkeypatch.setattr(sweep, "for_weight", lambda layer, keep: torch.ones_like(layer.weight))
+    with pytest.raises(ValueError, match="Random under a mask gives something else than pxp's copy of it"):
+        Sweep(model, (images, torch.zeros(30).long())).accuracies([drawn(units, 0.5)])
 
 
 def test_a_misread_structure_is_masked_instead(monkeypatch):

@@ -59,16 +59,18 @@ def check_replica(model: nn.Module, twin: nn.Module, structure: Trace, images: T
         with evaluating(model):
             expected, inner = _outputs(model, images)
         found, own = _outputs(twin, images)
-        if _same(found, expected) or not all(bool(t.isfinite().all()) for t in expected):
+        if same_outputs(found, expected) or not all(bool(t.isfinite().all()) for t in expected):
             return  # where the numbers overflow, the scores will show it
         unfolded = replica(model)
         nudged = images * (1 + 8 * torch.finfo(images.dtype).eps)
-        if _same(_outputs(unfolded, images)[0], expected) and _same(
+        if same_outputs(_outputs(unfolded, images)[0], expected) and same_outputs(
             found, expected, amplified=_outputs(unfolded, nudged)[0]
         ):
             return
     folded = {name for name, norms in structure.norms.items() if any(norms)}
-    odd = next((n for n, value in own.items() if n in inner and n not in folded and not _same(value, inner[n])), "")
+    odd = next(
+        (n for n, value in own.items() if n in inner and n not in folded and not same_outputs(value, inner[n])), ""
+    )
     where = f"at {odd!r} ({type(twin.get_submodule(odd)).__name__})" if odd else "at its output"
     raise ValueError(
         f"{type(model).__name__} cannot be explained: pxp's copy of it computes something else, first {where}. Either "
@@ -97,7 +99,7 @@ def _outputs(network: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str
     return list(tensors(output)), found
 
 
-def _same(found: list[Tensor], expected: list[Tensor], amplified: list[Tensor] | None = None) -> bool:
+def same_outputs(found: list[Tensor], expected: list[Tensor], amplified: list[Tensor] | None = None) -> bool:
     """Within the tolerance; or, for a network that makes much of a rounding, within a hundred times of that."""
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return False
