@@ -157,11 +157,17 @@ class Probe:
                 begin.backward()
 
     def _by_sample(self, note: Callable[..., None], samples: int) -> Callable[..., None]:
-        """The same with heads of windows, (samples · windows, tokens, channels), as (samples, tokens, channels)."""
+        """The same with tensors whose first dimension is that of the samples.
+
+        Of windows, (samples · windows, tokens, channels) becomes (samples, tokens, channels).
+        """
 
         def told(name: str, *tensors: Tensor) -> None:
-            if self.units[name].kind == "head":
+            tensors = tuple(tensor.movedim(self.structure.samples.get(name, 0), 0) for tensor in tensors)
+            if self.units[name].kind != "filter":
                 tensors = tuple(tensor.reshape(samples, -1, tensor.shape[-1]) for tensor in tensors)
+            elif len(tensors[0]) != samples:
+                tensors = tuple(tensor.unflatten(0, (samples, -1)).movedim(1, 2) for tensor in tensors)
             note(name, *tensors)
 
         return told

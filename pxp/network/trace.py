@@ -48,6 +48,9 @@ class Trace:
         normalisations that no module computes, or the network ends in a softmax.
     elsewhere : tuple of str
         BatchNorms that take something else too than the output of one layer.
+    samples : dict
+        Layer → the dimension of its output in which the samples lie, where it is not the first: 1 behind a network that
+        puts tokens first.
     """
 
     order: tuple[str, ...]
@@ -60,6 +63,7 @@ class Trace:
     gates: tuple[str, ...] = ()
     followed: bool = False
     elsewhere: tuple[str, ...] = ()
+    samples: dict[str, int] = field(default_factory=dict)
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -199,6 +203,13 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         if _key(call.tensor) != (call.norm_output or call.output):
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
+    # (samples, tokens, channels) is clear; (tokens, samples, channels), (samples · windows, tokens, channels) are not
+    unclear = {
+        call.layer
+        for call in calls
+        if len(call.tensor) != len(images)
+        or (isinstance(modules[call.layer], nn.Linear) and len(images) in call.tensor.shape[1:-1])
+    }
     merged = Counter(call.norm for call in calls)
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
@@ -212,7 +223,45 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         tuple(layer for layer, bit in uses.layers.items() if not reached.layers & bit),
         uses.changed or (answer is not None and uses.logits(answer) is not answer),
         tuple(norm for norm, number in runs.items() if number > merged[norm]),
+        _dimensions_of_samples(model, images[:1], unclear) if unclear else {},
     )
+
+
+def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: set[str]) -> dict[str, int]:
+    """Layer → the dimension that grows with the number of samples, where it is not the first.
+
+    The values of the first sample must come before those of the second.
+    """
+    twin = replica(model)
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for name in layers:
+        twin.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: found[name].append(output))
+    generator = torch.Generator().manual_seed(0)
+    two = torch.rand(2, *image.shape[1:], generator=generator).to(image)
+    with torch.inference_mode(False), torch.no_grad(), eager():
+        twin(two[:1])
+        runs = {name: len(outputs) for name, outputs in found.items()}
+        twin(two)
+    dimensions = {}
+    for name, outputs in found.items():
+        ways = {_grows(one, both) for one, both in zip(outputs[: runs[name]], outputs[runs[name] :], strict=True)}
+        if len(ways) != 1 or None in ways:
+            shapes = " and ".join(str(tuple(output.shape)) for output in (outputs[0], outputs[-1]))
+            raise ValueError(
+                f"it is not clear which values of {name!r} belong to which sample: for one and for two it gives "
+                f"{shapes}; let the samples be the first dimension, or put tokens or windows behind them"
+            )
+        dimensions[name] = ways.pop()
+    return {name: dimension for name, dimension in dimensions.items() if dimension}
+
+
+def _grows(one: Tensor, both: Tensor) -> int | None:
+    """The dimension in which ``both`` has ``one`` and as much again; None if there is no such."""
+    for dimension, size in enumerate(one.shape):
+        if both.shape == (*one.shape[:dimension], 2 * size, *one.shape[dimension + 1 :]):
+            close = torch.allclose(both.narrow(dimension, 0, size), one, rtol=1e-2, atol=1e-2 * float(one.abs().max()))
+            return dimension if close else None
+    return None
 
 
 def trace_model(model: nn.Module, example: Tensor | None = None) -> Trace:
