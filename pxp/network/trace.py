@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -204,12 +204,12 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             overwritten[call.layer] = None
         followers.setdefault(call.layer, set()).add(call.activation)
     # (samples, tokens, channels) is clear; (tokens, samples, channels), (samples · windows, tokens, channels) are not
-    unclear = {
+    unclear = [
         call.layer
         for call in calls
         if len(call.tensor) != len(images)
         or (isinstance(modules[call.layer], nn.Linear) and len(images) in call.tensor.shape[1:-1])
-    }
+    ]
     merged = Counter(call.norm for call in calls)
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
@@ -227,14 +227,14 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     )
 
 
-def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: set[str]) -> dict[str, int]:
+def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[str, int]:
     """Layer → the dimension that grows with the number of samples, where it is not the first.
 
     The values of the first sample must come before those of the second.
     """
     twin = replica(model)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for name in layers:
+    for name in found:
         twin.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: found[name].append(output))
     generator = torch.Generator().manual_seed(0)
     two = torch.rand(2, *image.shape[1:], generator=generator).to(image)
@@ -247,7 +247,7 @@ def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: set[str]) ->
         ways = {_grows(one, both) for one, both in zip(outputs[: runs[name]], outputs[runs[name] :], strict=True)}
         if len(ways) != 1 or None in ways:
             shapes = " and ".join(str(tuple(output.shape)) for output in (outputs[0], outputs[-1]))
-            raise ValueError(
+            raise TypeError(
                 f"it is not clear which values of {name!r} belong to which sample: for one and for two it gives "
                 f"{shapes}; let the samples be the first dimension, or put tokens or windows behind them"
             )

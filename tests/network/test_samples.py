@@ -80,6 +80,6 @@ def test_samples_that_lie_among_each_other_are_refused():
             return self.head(self.body(tokens.flatten(0, 1)).unflatten(0, (9, -1)).mean(0))
 
     with pytest.raises(
-        ValueError, match=r"not clear which values of 'body\.1' belong to which .*\(9, 24\) and \(18, 24"
+        TypeError, match=r"not clear which values of 'body\.1' belong to which .*\(9, 24\) and \(18, 24"
     ):
         pxp.find_components(Interleaved(mlp(), ""), "neuron", example=torch.rand(1, 1, 12, 12))
