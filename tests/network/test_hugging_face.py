@@ -153,3 +153,41 @@ def test_others_of_hugging_face_are_refused_by_name():
     model = transformers.BeitForImageClassification(config).eval()
     with pytest.raises(ValueError, match=r"the heads of 'beit.*' \(Beit\w*Attention\) cannot be told apart"):
         pxp.find_components(model, "head")
+
+
+CNNS = {
+    "ResNet, basic": lambda: convolutional("ResNet", layer_type="basic"),
+    "ResNet, bottleneck": lambda: convolutional("ResNet", layer_type="bottleneck"),
+    "ConvNext": lambda: convolutional("ConvNext", num_stages=2),
+}
+
+
+def convolutional(kind: str, **options) -> nn.Module:
+    own = {"embedding_size": 8} if kind == "ResNet" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_sizes=[8, 16], depths=[1, 2], num_labels=4, **own, **options
+    )  # fmt: skip
+    return lively(getattr(transformers, f"{kind}ForImageClassification")(config))
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_convolutional_networks(name, untouched):
+    torch.manual_seed(0)
+    model = untouched(CNNS[name]())
+    images, targets = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 3])
+    point = images.clone().requires_grad_()
+    logits = model(point).logits
+    if "ResNet" in name:  # piecewise linear
+        (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), point)
+        assert relative(pxp.heatmap(model, images, targets, pxp.LRP(pxp.Epsilon(0))), images * gradient) < 1e-9
+    for kind in ("filter",) if "ResNet" in name else ("filter", "neuron"):
+        units = pxp.find_components(model, kind, example=images)
+        scores = pxp.attribute(model, (images, targets), units, pxp.LRP("gamma"))
+        mask = scores.select(0.3)
+        curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False)
+        with pxp.masked(model, mask), torch.no_grad():
+            assert curve.runs[0][1] == pxp.accuracy(model, (images, targets))
+            pruned = model(images).logits
+        assert relative(pxp.compact(model, mask, example=images)(images)["logits"].detach(), pruned) < 1e-9
+        with pxp.masked(model, scores.select(0.3, order="most")), torch.no_grad():
+            assert relative(model(images).logits, logits.detach()) > 1e-3
