@@ -23,7 +23,7 @@ from .network.attention import Attention
 from .network.bake import plain
 from .network.check import same_outputs
 from .network.fold import fold_batch_norm
-from .network.layers import for_weight
+from .network.layers import IDENTITY, for_weight
 from .network.outputs import logits_of, tensors
 from .network.replica import check_values, evaluating, replica
 from .network.silence import without_heads
@@ -231,7 +231,7 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
         if isinstance(layer, Attention):
             weight = without_heads(layer.output.weight, kept)
             layer.output.weight = nn.Parameter(weight, requires_grad=False)
-        elif plain(layer) and (sites == (name,) or all(isinstance(modules[site], nn.Identity) for site in sites)):
+        elif plain(layer) and (sites == (name,) or all(isinstance(modules[site], IDENTITY) for site in sites)):
             keep = kept.to(layer.weight.device)
             layer.weight = nn.Parameter(layer.weight * for_weight(layer, keep), requires_grad=False)
             if layer.bias is not None:

@@ -17,12 +17,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from ..masks import Mask
 from ..network.attention import Attention
 from ..network.gated import is_gated, last_layer
-from ..network.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, POOLS, TRANSPOSED, is_elementwise
+from ..network.layers import (
+    AVERAGES,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    FLATTEN,
+    IDENTITY,
+    LAYERS,
+    LINEAR,
+    PAD,
+    POOLS,
+    SCALES,
+    TRANSPOSED,
+    is_elementwise,
+)
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, check_units, cut_layer, entries, fewer_heads, fewer_units, is_layer, is_ordinary
 from .graph import Shape, place
@@ -116,7 +129,7 @@ class Compactor:
             if site not in self.called and site not in self.last.values():
                 module = self.modules[site]
                 why = "lies inside a module that cannot be traced"
-                if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and not is_layer(module):
+                if isinstance(module, LAYERS) and not is_layer(module):
                     why = f"({type(module).__name__}) computes with more than its weight"
                 raise ValueError(f"{names[0]!r} {why}, so it cannot be cut")
         for node in self.old.nodes:
@@ -209,7 +222,7 @@ class Compactor:
         if self._is_read(node):
             return False
         module = self.root.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1):
+        if isinstance(module, LINEAR) or (isinstance(module, CONVOLUTIONS) and module.groups == 1):
             self.root[str(node.target)] = cut_layer(module, module.weight[inside], entries(module.bias, inside))
             return True
         source = node.args[0] if node.args else None
@@ -297,7 +310,7 @@ class Compactor:
     def _as_flow(self, result: Any, node: fx.Node) -> _Flow:
         if isinstance(result, _Flow):
             return result
-        last = isinstance(self.modules.get(str(node.target)), nn.Linear)
+        last = isinstance(self.modules.get(str(node.target)), LINEAR)
         return self.full(result, node, len(_shape(node)) - 1 if last else 1)
 
     def _whole(self, node: fx.Node, arguments: Any, options: Any) -> fx.Node:
@@ -338,7 +351,7 @@ class Compactor:
             first = self._placed(node, first, places[0].to(self.device), nothing, zero=True)
             return self._add(node, first, self._placed(node, second, places[1], nothing, zero=True))
         if arguments and isinstance(arguments[0], _Flow) and self._is_same(node, arguments, options):
-            if isinstance(module, nn.Identity):
+            if isinstance(module, IDENTITY):
                 return replace(arguments[0])
             self.put(name, module)
             return self._elementwise(arguments[0], lambda v: self._emit(node, v, arguments, options), lambda rest: rest)
@@ -351,13 +364,13 @@ class Compactor:
                 scale = scale if norm.weight is None else scale * norm.weight
                 shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
                 return self._affine(name, x, scale, shift)
-            if type(module).__name__ == "LayerScale" and x.dim == len(x.shape) - 1:
+            if type(module).__name__ in SCALES and x.dim == len(x.shape) - 1:
                 return self._affine(name, x, module.gamma, None)
             if isinstance(module, POOLS) and x.dim == 1 and "shape" in node.meta:
                 if not (_changes_constants(module) and bool(x.constants().any())):
                     moved = None if x.node is None else self.call(name, module, x.node)
                     return replace(x, node=moved, shape=_shape(node))
-            if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
+            if isinstance(module, FLATTEN) and module.start_dim == 1 and module.end_dim == -1:
                 return self._flatten(node, x)
         return self._whole(node, arguments, options)
 
@@ -395,7 +408,7 @@ class Compactor:
                 result = self._slice(node, x, arguments[1]) if is_slice else self._parts(node, x, arguments, options)
                 if result is not None:
                     return result
-            if target is F.pad and self._pads_places_with_zeros(x, arguments, options):
+            if target is PAD and self._pads_places_with_zeros(x, arguments, options):
                 moved = None if x.node is None else self._emit(node, x.node, arguments, options)
                 return replace(x, node=moved, shape=_shape(node))
             if (
@@ -752,7 +765,7 @@ def _changes_constants(pool: nn.Module) -> bool:
     """Whether the mean of a constant is another one: where zeros around the image, or another number, count."""
     if not type(pool).__module__.startswith("torch.nn"):
         return True
-    if not isinstance(pool, nn.AvgPool1d | nn.AvgPool2d):
+    if not isinstance(pool, AVERAGES):
         return False
     return (pool.count_include_pad and _padded(pool)) or getattr(pool, "divisor_override", None) is not None
 

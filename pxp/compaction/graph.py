@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..network.attention import Attention
 from ..network.gated import hide_hidden, is_gated, last_layer
-from ..network.layers import BATCH_NORMS, IDENTITIES, is_activation, is_normalisation
+from ..network.layers import BATCH_NORMS, IDENTITIES, SCALES, WHOLE, is_activation, is_normalisation
 from ..network.replica import replica
 from .channels import Affine, Constant, Expand, Join, Select, Switch
 from .cut import is_layer
@@ -33,11 +33,6 @@ IN_PLACE: dict[Any, Any] = {
 # what is asked of a tensor's shape and type, not of its values
 ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "is_sparse", "layout", "requires_grad", "itemsize"}
 QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device"}
-# functions that must be seen as what they are: random in training, or dependent on the size of the image
-FUNCTIONS = {
-    "timm.layers": ("drop_path", "drop_block_2d", "resample_abs_pos_embed"),
-    "torchvision.ops": ("stochastic_depth", "drop_block2d", "drop_block3d"),
-}
 
 # For every dimension its size without any input and what each input adds: images are ((0, 1), (3, 0), (32, 0), (32, 0))
 Shape = tuple[tuple[int, int], ...]
@@ -177,7 +172,7 @@ class _Tracer(fx.Tracer):
     """Stops at what the algorithm treats as one operation."""
 
     def __init__(self, images: Tensor, layers: tuple[str, ...], defaults: bool, training: bool = False) -> None:
-        loaded = {sys.modules[library]: names for library, names in FUNCTIONS.items() if library in sys.modules}
+        loaded = {sys.modules[library]: names for library, names in WHOLE.items() if library in sys.modules}
         functions = [getattr(library, name, None) for library, names in loaded.items() for name in names]
         super().__init__(autowrap_functions=tuple(function for function in functions if function is not None))
         self.layers, self.defaults, self.training = layers, defaults, training
@@ -213,7 +208,7 @@ class _Tracer(fx.Tracer):
         name = type(m).__name__
         known = isinstance(m, Attention | Affine | Constant | Expand | Join | Select | Switch)
         known = known or is_activation(m) or is_normalisation(m) or m in self.cut or _is_random(m)
-        known = known or (isinstance(m, BATCH_NORMS) and not m._modules) or name in (*IDENTITIES, "LayerScale")
+        known = known or (isinstance(m, BATCH_NORMS) and not m._modules) or name in (*IDENTITIES, *SCALES)
         last, start = last_layer(m), f"{module_qualified_name}."
         if last is not None:  # one operation, unless a layer inside is cut, other than the last
             inside = [m.get_submodule(layer.removeprefix(start)) for layer in self.layers if layer.startswith(start)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..network.layers import TRANSPOSED
+from ..network.layers import LINEAR, TRANSPOSED
 
 _BLOCK = 2**20  # weights
 
@@ -48,7 +48,7 @@ def lean(module: nn.Module, change: Callable[[Tensor], Tensor], x: Tensor, bias:
     Backward makes it anew, and a large linear layer goes through it in blocks of rows that fit the processor's cache.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LINEAR):
         return _block(module, weight, change, x, bias)
     rows = max(1, _BLOCK // module.in_features)
     weights = weight.split(rows)

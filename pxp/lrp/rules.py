@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Hook
 
+from ..network.layers import LINEAR
 from .carry import Anew, Carry, Once, Redistribute, as_called, lean, over, scaled, stabilize, with_parameters
 
 
@@ -98,7 +99,7 @@ class Rule(Hook):
 
 
 def _channels(module: nn.Module, bias: Tensor) -> Tensor:
-    return bias if isinstance(module, nn.Linear) else bias.reshape(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[operator]
+    return bias if isinstance(module, LINEAR) else bias.reshape(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[operator]
 
 
 class Epsilon(Rule):
@@ -152,7 +153,7 @@ class _Signed(Rule):
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x = inputs[0]
         # over tokens what the rule keeps is more than all that the network itself keeps, and is soon made again
-        if self._alone and x.requires_grad and isinstance(module, nn.Linear) and x.ndim > 2:
+        if self._alone and x.requires_grad and isinstance(module, LINEAR) and x.ndim > 2:
             layer = with_parameters(module, module.weight, module.bias)
             return Anew.apply((output.detach(),), lambda x: self.apply(module, x, layer(x)), x)
         return super()._hook(module, inputs, output)
@@ -197,7 +198,7 @@ class Gamma(_Signed):
     def _gamma(self, module: nn.Module) -> float:
         if self.gamma is not None:
             return self.gamma
-        return 0.05 if isinstance(module, nn.Linear) else 0.25
+        return 0.05 if isinstance(module, LINEAR) else 0.25
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         gamma, z = self._gamma(module), output.detach()

@@ -20,9 +20,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from .layers import CONVOLUTIONS, TRANSPOSED, Kind, kind_of, kind_of_class
+from .layers import LAYERS, LINEAR, TRANSPOSED, Kind, kind_of, kind_of_class
 
-LAYERS = (*CONVOLUTIONS, nn.Linear)
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 FUNCTIONS = {
@@ -197,7 +196,7 @@ _PREPARED: dict[type[nn.Module], type] = {
 def _inputs(layer: Any) -> Iterator[Tensor]:
     """Two small random inputs of a layer: one of positive values that wants a gradient, one of negative ones."""
     like = next(t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if t.is_floating_point())
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, LINEAR):
         shape = [layer.in_features]
     else:
         padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(layer.kernel_size)
@@ -251,7 +250,7 @@ def _make_plain(layer: Any) -> None:
 def _prepares(probe: Any, hooks: list) -> bool:
     """Whether a layer's forward does something to an input of any shape; padding may depend on the size."""
     (x, _) = _inputs(probe)
-    if isinstance(probe, nn.Linear):
+    if isinstance(probe, LINEAR):
         shapes = [x.shape, (2, 3, x.shape[1]), (2, 2, 3, x.shape[1])]
     else:
         shapes = [(*x.shape[:2], *(size + more for size in x.shape[2:])) for more in range(max(probe.stride) + 1)]
@@ -360,7 +359,7 @@ def _depends(tensor: Tensor | None, x: Tensor) -> bool:
 
 def _function(base: type[nn.Module]) -> str:
     kind = "conv_transpose" if base in TRANSPOSED else "conv"
-    return "linear" if base is nn.Linear else f"{kind}{base.__name__[-2:].lower()}"
+    return "linear" if base in LINEAR else f"{kind}{base.__name__[-2:].lower()}"
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import SUPPORTED, Attention, heads_of, is_head_layer, unsupported_attention
 from .gated import incoming, is_gated, last_layer, unit_weights
-from .layers import CONVOLUTIONS, by_output
+from .layers import CONVOLUTIONS, LINEAR, by_output
 from .replica import check_openable, replica
 from .trace import Trace, trace_model
 
@@ -295,7 +295,7 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
     if kind == "filter":
         names = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)]
     else:
-        names = [n for n in structure.order if isinstance(modules[n], nn.Linear) and n in structure.activations]
+        names = [n for n in structure.order if isinstance(modules[n], LINEAR) and n in structure.activations]
         names = [name for name in names if name.rpartition(".")[0] not in gated]  # half of a product
         if kind == "mlp_output":
             names = [reader for name in names if (reader := readers[name]) is not None]
@@ -340,7 +340,7 @@ def reader_of(name: str, structure: Trace, modules: dict[str, nn.Module]) -> str
             other
             for other in after
             if other.rpartition(".")[0] == parent
-            and isinstance(layer := modules[other], nn.Linear)
+            and isinstance(layer := modules[other], LINEAR)
             and layer.in_features == _size(modules[name], "neuron")
         ),
         None,

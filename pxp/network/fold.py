@@ -7,14 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from .bake import need_weight
-from .layers import for_weight
+from .layers import BATCH_NORMS, for_weight
 from .trace import Trace
-
-# what these compute in evaluation mode needs no test
-KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
@@ -72,7 +68,7 @@ def _reduce(name: str, norm: Any, scale: Tensor, shift: Tensor, dims: int) -> No
     # timm's BatchNormAct2d also holds the dropout and activation that follow
     parts = {part: getattr(norm, part, None) for part in ("drop", "act")}
     rest = {part: found for part, found in parts.items() if isinstance(found, nn.Module)}
-    if type(norm) not in KNOWN and not scale.is_meta:
+    if type(norm) not in BATCH_NORMS and not scale.is_meta:  # what those compute needs no test
         alone = _without_hooks(norm)
         left = nn.Sequential(*(part for child, part in alone._modules.items() if child in rest))
         if not _becomes(alone, left, scale, shift, dims):

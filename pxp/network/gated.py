@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import GATED, by_output, qualified
+from .layers import GATED, LINEAR, by_output, qualified
 
 
 class Hidden(nn.Identity):
@@ -36,7 +36,7 @@ def last_layer(module: nn.Module | None) -> Any:
 
 def is_gated(module: nn.Module | None) -> bool:
     """Whether the module is a gated MLP whose hidden units can be scored and pruned."""
-    return isinstance(last_layer(module), nn.Linear)
+    return isinstance(last_layer(module), LINEAR)
 
 
 def show_hidden(twin: nn.Module) -> None:
@@ -63,7 +63,7 @@ def incoming(module: nn.Module) -> list[nn.Linear]:
     """The linear layers that compute a gated MLP's hidden units, with a row or several for each; else none."""
     last = last_layer(module)
     parts = [] if last is None else list(module.children())
-    return [part for part in parts if isinstance(part, nn.Linear) and part is not last]
+    return [part for part in parts if isinstance(part, LINEAR) and part is not last]
 
 
 def unit_weights(module: Any) -> Tensor:

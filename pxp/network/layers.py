@@ -241,18 +241,25 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
             f"nothing is known of {like!r}; give a known class or one of {', '.join(map(repr, known))}; "
             "an attention is described, with pxp.register_attention"
         )
-    if kind.passes == "rule" and not issubclass(cls, (*CONVOLUTIONS, nn.Linear)):
+    if kind.passes == "rule" and not issubclass(cls, LAYERS):
         raise TypeError(
-            f"{cls.__name__} is no subclass of {', '.join(one.__name__ for one in (*CONVOLUTIONS, nn.Linear))}, so no "
+            f"{cls.__name__} is no subclass of {', '.join(one.__name__ for one in LAYERS)}, so no "
             "rule can read its weight; make it one, whose forward pass uses self.weight and self.bias"
         )
     _BY_CLASS[cls] = kind
     return kind
 
 
-# what compaction asks: which classes and functions it may treat alike
+# classes and functions that other modules ask for by what they are
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+LINEAR = (nn.Linear,)
+LAYERS = (*CONVOLUTIONS, *LINEAR)
+IDENTITY = (nn.Identity,)
+RELU = nn.ReLU
+FLATTEN = nn.Flatten
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d)
+SCALES = ("LayerScale",)  # of every channel, by class name
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
@@ -263,6 +270,15 @@ ELEMENTWISE = (
     torch.tanh, F.tanh, F.dropout,
 )  # fmt: skip
 IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
+PAD = F.pad
+# functions that must be seen as what they are, not traced: random in training, or dependent on the size of the image
+WHOLE = {
+    "timm.layers": ("drop_path", "drop_block_2d", "resample_abs_pos_embed"),
+    "torchvision.ops": ("stochastic_depth", "drop_block2d", "drop_block3d"),
+}
+# torch's blocks call an activation that they are given as a function
+BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+ACTIVATIONS = {F.relu: nn.ReLU, F.gelu: nn.GELU}
 # gated MLPs, whose hidden units are products, and their last layers
 _DINO = "transformers.models.dinov2"
 GATED = {

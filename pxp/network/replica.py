@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from .attention import make_explicit
 from .bake import bake
 from .gated import show_hidden
-from .layers import is_activation
+from .layers import ACTIVATIONS, BLOCKS, is_activation
 
 
 def replica(model: nn.Module) -> nn.Module:
@@ -55,10 +54,8 @@ def replica(model: nn.Module) -> nn.Module:
         module._backward_pre_hooks.clear()
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
-        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            for function, its_module in ((F.relu, nn.ReLU), (F.gelu, nn.GELU)):  # what activation="gelu" stands for
-                if module.activation is function:
-                    module.activation = its_module().eval()
+        elif isinstance(module, BLOCKS) and module.activation in ACTIVATIONS:  # what activation="gelu" stands for
+            module.activation = ACTIVATIONS[module.activation]().eval()
     show_hidden(twin)
     return make_explicit(twin)
 

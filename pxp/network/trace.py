@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention
-from .layers import CONVOLUTIONS, TRANSPOSED, is_activation, is_batch_norm
+from .layers import LAYERS, LINEAR, TRANSPOSED, is_activation, is_batch_norm
 from .outputs import tensors
 from .replica import eager, out_of_memory, replica
 from .signals import Signal, Signals
@@ -164,7 +164,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         images = images.clone() if images.is_inference() else images
     uses = _Uses(twin, images)
     for name, module in modules.items():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_batch_norm(module) or is_activation(module):
+        if isinstance(module, LAYERS) or is_batch_norm(module) or is_activation(module):
             module.register_forward_hook(note(name, module))
         elif isinstance(module, Attention):
             module.heads.register_forward_hook(
@@ -178,7 +178,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     for name, what in sorted(reached.faults):
         faults.setdefault(name, {})[what] = None
 
-    its_own = [name for name, module in modules.items() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+    its_own = [name for name, module in modules.items() if isinstance(module, LAYERS)]
     if its_own and not calls and not heads:
         raise ValueError(
             f"none of the layers of {type(model).__name__} runs in a copy of it, so its forward pass runs those of "
@@ -197,7 +197,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         norms.setdefault(call.layer, []).append(call.norm)
         layer = modules[call.layer]
         placed = call.read if isinstance(layer, TRANSPOSED) else call.tensor
-        components = placed.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        components = placed.shape[-1 if isinstance(layer, LINEAR) else 1]
         places = placed.numel() // (components * len(images))  # windows of a sample are samples to a layer
         positions[call.layer] = positions.get(call.layer, 0) + places
         if _key(call.tensor) != (call.norm_output or call.output):
@@ -208,7 +208,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         call.layer
         for call in calls
         if len(call.tensor) != len(images)
-        or (isinstance(modules[call.layer], nn.Linear) and len(images) in call.tensor.shape[1:-1])
+        or (isinstance(modules[call.layer], LINEAR) and len(images) in call.tensor.shape[1:-1])
     ]
     merged = Counter(call.norm for call in calls)
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
@@ -319,8 +319,8 @@ def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         shapes += [(channels, height, width) for channels in (3, 1)]
     if isinstance(config.get("input_size"), tuple | list):
         shapes.append(tuple(config["input_size"]))
-    first = next((m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))), None)
-    if isinstance(first, nn.Linear):
+    first = next((m for m in model.modules() if isinstance(m, LAYERS)), None)
+    if isinstance(first, LINEAR):
         shapes.append((first.in_features,))
         # an image that is flattened first
         for channels in (1, 3):
