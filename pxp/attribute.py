@@ -11,10 +11,11 @@ from zennit.core import Composite
 
 from .criteria import Criterion
 from .data import Data
+from .input_probe import InputProbe
 from .lrp.composites import LRP, LayerComposite
 from .network.components import Components
 from .network.trace import trace_model
-from .probe import InputProbe, NoComponents, Probe, checked
+from .probe import NoComponents, Probe, checked
 from .scores import Scores
 
 EPSILON = LRP("epsilon")
@@ -130,7 +131,7 @@ def heatmap(
     Raises
     ------
     ValueError
-        As :func:`pxp.attribute`.
+        As :func:`pxp.attribute`; a rule for the input behind something that mixes the pixels, see :class:`pxp.LRP`.
     TypeError
         A criterion that explains no input.
     """

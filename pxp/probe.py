@@ -257,43 +257,6 @@ class Probe:
                 return target.sum()
 
 
-class InputProbe(Probe):
-    """A probe whose only place is the input: every pixel counts by itself, under the name ``"input"``."""
-
-    def __init__(self, model: nn.Module, structure: Trace, refs: Data, batch_size: int) -> None:
-        super().__init__(model, structure, None, refs, batch_size)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in super().batches():
-            # a rule for the first layer may give relevance to black pixels, and x ⊙ g must be able to say so
-            tiny = torch.finfo(images.dtype).tiny ** (1 if images.dtype == torch.float16 else 0.25)
-            yield torch.where(images == 0, tiny, images), labels
-
-    def forward(self, images: Tensor, note: Callable[[str, Tensor], None]) -> None:
-        note("input", images)
-
-    def backward(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        note: Callable[[str, Tensor, Tensor], None],
-        *,
-        start: str = "logit",
-        exact: bool = False,
-        carried: bool = False,
-    ) -> None:
-        point = images.detach().requires_grad_()
-        with reading(self.twin, self.structure, None, None):
-            (flow,) = torch.autograd.grad(self._start(point, labels, start, carried), point)
-        note("input", point.detach(), flow)
-
-    def per_component(self, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
-        return elements if factor is None else elements * factor
-
-    def completed(self, found: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        return found
-
-
 def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Validate one batch and move it to the model's device and dtype."""
     check_values(model)

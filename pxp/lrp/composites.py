@@ -20,7 +20,7 @@ from ..network.replica import replica
 from ..network.trace import Trace, trace_model
 from .balance import check_balance
 from .passes import FUNCTIONS, Identity, Normalisation
-from .rules import Epsilon, Rule, make_rule
+from .rules import Epsilon, InputRule, Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ class LayerComposite(Composite):
         Layer name → depth group.
     functions : dict
         How what a model computes by functions lets relevance pass, see :class:`pxp.network.signals.Signals`.
+    input_layer : str or None
+        The first layer, if it has a rule for inputs whose relevance does not contain them as a factor.
     """
 
     functions = FUNCTIONS
@@ -108,6 +110,8 @@ class LayerComposite(Composite):
         super().__init__(module_map=lambda ctx, name, module: rules.get(name))
         self.rules = rules
         self.groups = groups
+        first = next(iter(groups), None)
+        self.input_layer = first if first is not None and isinstance(rules[first], InputRule) else None
 
     def __repr__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self.groups))
@@ -130,7 +134,9 @@ class LRP(Criterion):
         parameters: ε = 1e-6; γ = 0.25 for convolutions and 0.05 for linear layers; α = 2, β = 1.
     input : str or Rule, optional
         Rule of the very first layer, for heatmaps: ``pxp.ZBox(0, 1)``, ``"flat"``, ``"wsquare"``. It changes no
-        component's score.
+        component's score. A model may normalise its images first, pixel by pixel: relevance passes that as it is, and
+        the bounds of ``ZBox`` are those of the normalised values. Where it does more before that layer (resizes,
+        normalises by what other pixels are), :func:`pxp.heatmap` refuses these rules.
     softmax : {"attnlrp", "cp", "zplus"} or AttentionRule, default "attnlrp"
         How relevance passes the attention's softmax: :class:`pxp.AttnLRP`, :class:`pxp.CPLRP`,
         :class:`pxp.SoftmaxZPlus`.
