@@ -120,7 +120,7 @@ def heatmap(
     targets : Tensor or int
         The class to explain, per image (N,) or one for all. Neither the label nor the prediction is implied.
     criterion : Criterion or zennit Composite
-        Default LRP-ε. Integrated gradients start from a black image.
+        Default LRP-ε. Integrated gradients start from a black image, which is 0 unless their ``baseline`` is another.
     batch_size : int, default 32
 
     Returns

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from zennit.core import Composite
 
+from .baseline import Baseline, on_the_way
 from .data import Data, batches
 from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
@@ -167,7 +168,14 @@ class Probe:
         return told
 
     def relevance(
-        self, images: Tensor, labels: Tensor, *, start: str = "logit", steps: int = 1, carried: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        start: str = "logit",
+        steps: int = 1,
+        baseline: Baseline = 0.0,
+        carried: bool = False,
     ) -> dict[str, Tensor]:
         """Activation × gradient of every component: layer → (samples, tokens, components).
 
@@ -179,6 +187,8 @@ class Probe:
             As for :meth:`backward`.
         steps : int, default 1
             Average over this many images on the straight way from black to the image.
+        baseline : float or tuple of float, default 0.0
+            The value of black, for all channels or for each.
         """
         found: dict[str, Tensor] = {}
 
@@ -187,7 +197,7 @@ class Probe:
             found[name] = found[name] + value if name in found else value
 
         for step in range(1, steps + 1):
-            point = images if steps == 1 else images * (step / steps)
+            point = images if steps == 1 else on_the_way(images, baseline, step / steps)
             self.backward(point, labels, note, start=start, carried=carried)
         return self.completed({name: value / steps for name, value in found.items()}, labels)
 

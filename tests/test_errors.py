@@ -226,6 +226,24 @@ RULES = {
     "NaN epsilon": (lambda: pxp.Epsilon(math.nan), ValueError, "epsilon must not be negative, got nan"),
     "alpha - beta": (lambda: pxp.AlphaBeta(2, 2), ValueError, "alpha − beta = 1, got alpha=2, beta=2"),
     "negative beta": (lambda: pxp.AlphaBeta(0.5, -0.5), ValueError, "must be ≥ 0 with alpha − beta = 1, got alpha=0.5"),
+    "no baseline": (
+        lambda: pxp.IntegratedGradients(baseline=None), TypeError,
+        "baseline must be a number or a tuple with one for each channel, got None",
+    ),
+    "baseline of another type": (
+        lambda: pxp.LRP(path_steps=2, baseline=[0.0, 1.0, 2.0]), TypeError,
+        r"baseline must be a number or a tuple with one for each channel, got \[0\.0, 1\.0, 2\.0\]",
+    ),
+    "baseline of truths": (lambda: pxp.IntegratedGradients(baseline=(True, 0.5)), TypeError, r"got \(True, 0\.5\)"),
+    "baseline of no number": (
+        lambda: pxp.IntegratedGradients(baseline=(0.5, math.nan)), ValueError,
+        r"baseline must be a finite number .*, got \(0\.5, nan\)",
+    ),
+    "empty baseline": (lambda: pxp.IntegratedGradients(baseline=()), ValueError, r"baseline must be .*, got \(\)"),
+    "baseline without a path": (
+        lambda: pxp.LRP(baseline=-2), ValueError,
+        "a baseline begins a path, got baseline=-2.0 with path_steps=1",
+    ),
     "box": (lambda: pxp.ZBox(1, 0), ValueError, "low must not exceed high, got low=1, high=0"),
 }  # fmt: skip
 

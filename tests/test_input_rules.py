@@ -93,6 +93,18 @@ def test_a_normalisation_inside_is_as_one_outside(name, rule, untouched):
     assert single.dtype == torch.float32 and relative(single.double(), expected) < 1e-2
 
 
+def test_a_path_begins_at_the_same_black_inside_and_outside():
+    body, (images, labels) = cnn(), samples()
+    black = tuple((-MEAN / STD).flatten().tolist())
+    for rule in RULES:
+        inside = pxp.heatmap(nn.Sequential(Buffers(), body), images, labels, pxp.LRP("gamma", input=rule, path_steps=3))
+        lrp = pxp.LRP("gamma", input=rule, path_steps=3, baseline=black)
+        assert relative(inside, pxp.heatmap(body, (images - MEAN) / STD, labels, lrp)) < 1e-10
+    inside = pxp.heatmap(nn.Sequential(Buffers(), body), images, labels, pxp.IntegratedGradients(5))
+    outside = pxp.heatmap(body, (images - MEAN) / STD, labels, pxp.IntegratedGradients(5, baseline=black))
+    assert relative(inside, outside) < 1e-10
+
+
 def test_the_composite_alone_and_conservation_read_at_the_same_place():
     body, (images, labels) = cnn(), samples()
     model, lrp = nn.Sequential(Buffers(), body), pxp.LRP("zplus", input="flat")

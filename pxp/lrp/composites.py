@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
+from ..baseline import Baseline, as_baseline
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
 from ..network.bake import need_weight
@@ -145,6 +146,8 @@ class LRP(Criterion):
         relevance divided by the logit, unstable near 0); the logit minus the largest other one; the cross-entropy loss.
     path_steps : int, default 1
         Average the relevance over this many images on the straight way from black to the image; costs as many passes.
+    baseline : float or tuple of float, default 0.0
+        Where that way begins: the value of black, see :class:`pxp.IntegratedGradients`.
     zero_params : "bias", optional
         For the rules given by name: leave biases out of the denominators.
     absolute : {"token", "sample", "never"}, default "token"
@@ -169,7 +172,9 @@ class LRP(Criterion):
     ------
     ValueError
         Unknown rule, start, zero_params or absolute; ``path_steps`` below 1; a parameter that the group's rule does not
-        have.
+        have; a baseline that is not finite, does not fit the images' channels, or has no path to begin.
+    TypeError
+        A baseline that is neither a number nor a tuple of numbers.
 
     Examples
     --------
@@ -188,6 +193,7 @@ class LRP(Criterion):
     zero_params: str | None
     softmax: str | AttentionRule
     absolute: str
+    baseline: Baseline
 
     def __init__(
         self,
@@ -203,6 +209,7 @@ class LRP(Criterion):
         zero_params: str | None = None,
         softmax: str | AttentionRule = "attnlrp",
         absolute: str = "token",
+        baseline: Baseline = 0.0,
         **parameters: Any,
     ) -> None:
         given = dict(zip(GROUPS, (low, middle, high, fc), strict=True))
@@ -222,6 +229,7 @@ class LRP(Criterion):
             ("zero_params", zero_params),
             ("softmax", softmax),
             ("absolute", absolute),
+            ("baseline", as_baseline(baseline)),
         ):
             object.__setattr__(self, name, value)
         check_start(start)
@@ -229,6 +237,8 @@ class LRP(Criterion):
         make_softmax_rule(softmax, zero_params)
         if path_steps < 1:
             raise ValueError(f"path_steps must be at least 1, got {path_steps}")
+        if path_steps == 1 and self.baseline != 0:
+            raise ValueError(f"a baseline begins a path, got baseline={self.baseline} with path_steps=1")
         self._rules()  # a wrong name is an error here, not at the first use
 
     def _rules(self) -> dict[str, Rule]:
@@ -242,7 +252,7 @@ class LRP(Criterion):
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         with probe.rules(self.composite(probe.model, probe.structure)):
             for images, labels in probe.batches():
-                found = probe.relevance(images, labels, start=self.start, steps=self.path_steps)
+                found = probe.relevance(images, labels, start=self.start, steps=self.path_steps, baseline=self.baseline)
                 if once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
                     with forgotten(probe.model):
                         check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
@@ -312,6 +322,7 @@ class LRP(Criterion):
         parts += [f"input={self.input!r}"] if self.input is not None else []
         parts += [f"start={self.start!r}"] if self.start != "logit" else []
         parts += [f"path_steps={self.path_steps}"] if self.path_steps != 1 else []
+        parts += [f"baseline={self.baseline}"] if self.baseline != 0 else []
         parts += [f"zero_params={self.zero_params!r}"] if self.zero_params else []
         parts += [f"softmax={self.softmax!r}"] if self.softmax != "attnlrp" else []
         parts += [f"absolute={self.absolute!r}"] if self.absolute != "token" else []
