@@ -131,7 +131,8 @@ def heatmap(
     Raises
     ------
     ValueError
-        As :func:`pxp.attribute`; a rule for the input behind something that mixes the pixels, see :class:`pxp.LRP`.
+        As :func:`pxp.attribute`; relevance that is NaN or infinite; a rule for the input behind something that mixes
+        pixels, see :class:`pxp.LRP`.
     TypeError
         A criterion that explains no input.
     """
@@ -141,7 +142,7 @@ def heatmap(
         both = checked(model, images, targets)
         probe = InputProbe(model, trace_model(model, both[0]), both, batch_size)
         try:
-            parts = [found["input"] for found in asked.values(probe)]
+            parts = [_finite(found["input"], criterion) for found in asked.values(probe)]
         except NoComponents as error:
             raise TypeError(
                 f"{criterion!r} does not explain inputs; use LRP, Taylor, IntegratedGradients or a zennit composite "
@@ -172,6 +173,15 @@ def as_criterion(criterion: Criterion | Composite) -> Criterion:
             f"pxp.Criterion or a zennit composite, got {criterion!r}"
         )
     return criterion
+
+
+def _finite(relevance: Tensor, criterion: Criterion | Composite) -> Tensor:
+    if not bool(relevance.isfinite().all()):
+        raise ValueError(
+            f"the heatmap by {criterion!r} is NaN or infinite; the numbers overflowed: use float32 or float64, or "
+            "another rule"
+        )
+    return relevance
 
 
 def _check_values(found: dict[str, Tensor], units: Components, criterion: Criterion | Composite) -> None:

@@ -149,7 +149,9 @@ class LRP(Criterion):
     baseline : float or tuple of float, default 0.0
         Where that way begins: the value of black, see :class:`pxp.IntegratedGradients`.
     zero_params : "bias", optional
-        For the rules given by name: leave biases out of the denominators.
+        For the rules given by name: leave biases out of the denominators. Under ε and γ these can then be almost 0
+        where the outputs are not, and relevance of both signs grows from layer to layer; where it overflows, that is
+        an error.
     absolute : {"token", "sample", "never"}, default "token"
         ``scores`` are means of absolute values: taken per token, as in the paper, or per sample, after summing over
         its tokens (filters have one token, so there is no difference), or not at all: the mean relevance with its sign,
@@ -250,13 +252,37 @@ class LRP(Criterion):
         }
 
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
-        with probe.rules(self.composite(probe.model, probe.structure)):
+        composite = self.composite(probe.model, probe.structure)
+        without = [rule for rule in composite.rules.values() if isinstance(rule, Rule) and rule.zero_params]
+        overflown = None
+        with probe.rules(composite):
             for images, labels in probe.batches():
-                found = probe.relevance(images, labels, start=self.start, steps=self.path_steps, baseline=self.baseline)
+                found = self._relevance(probe, images, labels)
                 if once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
                     with forgotten(probe.model):
                         check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
+                overflown = next((n for n in found if not bool(found[n].isfinite().all())), None) if without else None
+                if overflown is not None:
+                    break
                 yield found
+        if overflown is None:
+            return
+        for rule in without:
+            rule.zero_params = []
+        with probe.rules(composite):
+            again = self._relevance(probe, images, labels)
+        if all(bool(value.isfinite().all()) for value in again.values()):
+            raise ValueError(
+                f"relevance by {self!r} overflows, on its way from the output first at {overflown!r}, and with biases "
+                "in the denominators it does not: without them (zero_params='bias') a denominator can be almost 0 "
+                "where the output is not, so that relevance of both signs grows from layer to layer. Leave zero_params "
+                "out, or give the rules a larger epsilon, as in pxp.Gamma(zero_params='bias', epsilon=0.01); float64 "
+                "only holds larger numbers"
+            )
+        yield found  # the biases are not the reason, and who reads these numbers refuses them
+
+    def _relevance(self, probe: Probe, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return probe.relevance(images, labels, start=self.start, steps=self.path_steps, baseline=self.baseline)
 
     def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
         """The zennit composite for one model; its ``repr`` shows which rule each layer got.
