@@ -11,10 +11,11 @@ from zennit.core import Composite
 
 from .criteria import Criterion
 from .data import Data
+from .input_probe import InputProbe
 from .lrp.composites import LRP, LayerComposite
 from .network.components import Components
 from .network.trace import trace_model
-from .probe import InputProbe, NoComponents, Probe, checked
+from .probe import NoComponents, Probe, checked
 from .scores import Scores
 
 EPSILON = LRP("epsilon")
@@ -119,7 +120,7 @@ def heatmap(
     targets : Tensor or int
         The class to explain, per image (N,) or one for all. Neither the label nor the prediction is implied.
     criterion : Criterion or zennit Composite
-        Default LRP-ε. Integrated gradients start from a black image.
+        Default LRP-ε. Integrated gradients start from a black image, which is 0 unless their ``baseline`` is another.
     batch_size : int, default 32
 
     Returns
@@ -130,7 +131,8 @@ def heatmap(
     Raises
     ------
     ValueError
-        As :func:`pxp.attribute`.
+        As :func:`pxp.attribute`; relevance that is NaN or infinite; a rule for the input behind something that mixes
+        pixels, see :class:`pxp.LRP`.
     TypeError
         A criterion that explains no input.
     """
@@ -140,7 +142,7 @@ def heatmap(
         both = checked(model, images, targets)
         probe = InputProbe(model, trace_model(model, both[0]), both, batch_size)
         try:
-            parts = [found["input"] for found in asked.values(probe)]
+            parts = [_finite(found["input"], criterion) for found in asked.values(probe)]
         except NoComponents as error:
             raise TypeError(
                 f"{criterion!r} does not explain inputs; use LRP, Taylor, IntegratedGradients or a zennit composite "
@@ -171,6 +173,15 @@ def as_criterion(criterion: Criterion | Composite) -> Criterion:
             f"pxp.Criterion or a zennit composite, got {criterion!r}"
         )
     return criterion
+
+
+def _finite(relevance: Tensor, criterion: Criterion | Composite) -> Tensor:
+    if not bool(relevance.isfinite().all()):
+        raise ValueError(
+            f"the heatmap by {criterion!r} is NaN or infinite; the numbers overflowed: use float32 or float64, or "
+            "another rule"
+        )
+    return relevance
 
 
 def _check_values(found: dict[str, Tensor], units: Components, criterion: Criterion | Composite) -> None:

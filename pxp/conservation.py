@@ -10,9 +10,10 @@ from zennit.core import Composite
 
 from .attribute import EPSILON, as_criterion
 from .criteria import Criterion
+from .input_probe import InputProbe
 from .lrp.balance import boundaries
 from .network.trace import trace_model
-from .probe import InputProbe, checked
+from .probe import checked
 
 
 @dataclass(frozen=True, repr=False)

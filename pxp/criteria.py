@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .baseline import Baseline, as_baseline, on_the_way
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -78,6 +80,9 @@ class Taylor(Criterion):
 class IntegratedGradients(Criterion):
     """Gradients at the component, averaged over images on the way from black to the image (Sundararajan et al. 2017).
 
+    At the input of a network (:func:`pxp.heatmap`) the relevance of all pixels adds up, with enough steps, to the logit
+    of the image minus that of black.
+
     Parameters
     ----------
     steps : int, default 20
@@ -87,16 +92,34 @@ class IntegratedGradients(Criterion):
         True: the averaged gradient alone, the internal influence of Leino et al. 2018, as the paper's public code does.
     start : {"logit", "one", "margin", "loss"}, default "logit"
         What is differentiated.
+    baseline : float or tuple of float, default 0.0
+        The value of black in the images that are given, one for all channels or one for each. Black is 0 only where the
+        images are not normalised: behind (x − mean) / std it is ``tuple(-m / s for m, s in zip(mean, std))``.
+
+    Raises
+    ------
+    ValueError
+        Unknown start; ``steps`` below 1; a baseline that is empty or not finite, or, when images are read, of another
+        number of channels.
+    TypeError
+        A baseline that is neither a number nor a tuple of numbers.
     """
 
     steps: int = 20
     influence: bool = False
     start: str = "logit"
+    baseline: Baseline = 0.0
 
     def __post_init__(self) -> None:
         check_start(self.start)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        object.__setattr__(self, "baseline", as_baseline(self.baseline))
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = [f"{name}={value!r}" for name, value in values.items() if name != "baseline" or value != 0]
+        return f"IntegratedGradients({', '.join(shown)})"
 
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         for images, labels in probe.batches():
@@ -117,9 +140,10 @@ class IntegratedGradients(Criterion):
 
         for step in range(1, self.steps + 1):
             calls.clear()
-            probe.backward(images * (step / self.steps), labels, note, start=self.start, exact=True)
+            point = on_the_way(images, self.baseline, step / self.steps)
+            probe.backward(point, labels, note, start=self.start, exact=True)
         if not self.influence:
-            black = torch.zeros_like(images[:1])
+            black = on_the_way(images[:1], self.baseline, 0)
             probe.forward(black, lambda name, output: starts.setdefault(name, []).append(output.clone()))
         found: dict[str, Tensor] = {}
         for (name, call), flow in flows.items():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from zennit.core import Composite
 
+from .baseline import Baseline, on_the_way
 from .data import Data, batches
 from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
@@ -173,7 +174,14 @@ class Probe:
         return told
 
     def relevance(
-        self, images: Tensor, labels: Tensor, *, start: str = "logit", steps: int = 1, carried: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        start: str = "logit",
+        steps: int = 1,
+        baseline: Baseline = 0.0,
+        carried: bool = False,
     ) -> dict[str, Tensor]:
         """Activation × gradient of every component: layer → (samples, tokens, components).
 
@@ -185,6 +193,8 @@ class Probe:
             As for :meth:`backward`.
         steps : int, default 1
             Average over this many images on the straight way from black to the image.
+        baseline : float or tuple of float, default 0.0
+            The value of black, for all channels or for each.
         """
         found: dict[str, Tensor] = {}
 
@@ -193,7 +203,7 @@ class Probe:
             found[name] = found[name] + value if name in found else value
 
         for step in range(1, steps + 1):
-            point = images if steps == 1 else images * (step / steps)
+            point = images if steps == 1 else on_the_way(images, baseline, step / steps)
             self.backward(point, labels, note, start=start, carried=carried)
         return self.completed({name: value / steps for name, value in found.items()}, labels)
 
@@ -261,43 +271,6 @@ class Probe:
                 return F.cross_entropy(logits, labels, reduction="sum")
             case _:
                 return target.sum()
-
-
-class InputProbe(Probe):
-    """A probe whose only place is the input: every pixel counts by itself, under the name ``"input"``."""
-
-    def __init__(self, model: nn.Module, structure: Trace, refs: Data, batch_size: int) -> None:
-        super().__init__(model, structure, None, refs, batch_size)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in super().batches():
-            # a rule for the first layer may give relevance to black pixels, and x ⊙ g must be able to say so
-            tiny = torch.finfo(images.dtype).tiny ** (1 if images.dtype == torch.float16 else 0.25)
-            yield torch.where(images == 0, tiny, images), labels
-
-    def forward(self, images: Tensor, note: Callable[[str, Tensor], None]) -> None:
-        note("input", images)
-
-    def backward(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        note: Callable[[str, Tensor, Tensor], None],
-        *,
-        start: str = "logit",
-        exact: bool = False,
-        carried: bool = False,
-    ) -> None:
-        point = images.detach().requires_grad_()
-        with reading(self.twin, self.structure, None, None):
-            (flow,) = torch.autograd.grad(self._start(point, labels, start, carried), point)
-        note("input", point.detach(), flow)
-
-    def per_component(self, name: str, elements: Tensor, factor: Tensor | None = None) -> Tensor:
-        return elements if factor is None else elements * factor
-
-    def completed(self, found: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        return found
 
 
 def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

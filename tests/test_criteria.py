@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from by_hand import close, flows, sites, target_sum
@@ -102,6 +103,80 @@ def test_integrated_gradients_are_complete_at_the_input():
     heat = pxp.heatmap(model, x, labels, pxp.IntegratedGradients(steps=60))
     logits = (model(x) - model(torch.zeros_like(x))).gather(1, labels[:, None])[:, 0].detach()
     torch.testing.assert_close(heat.flatten(1).sum(1), logits, rtol=0.02, atol=0.02)
+
+
+BLACK = (-2.1, -2.0, -1.8)
+
+
+def test_integrated_gradients_add_up_from_any_baseline():
+    """Completeness (Sundararajan et al. 2017, proposition 1): f(x) − f(baseline), the closer the more steps."""
+    model, x, labels, _units = network("grouped")
+    for given in (-1.5, BLACK):
+        black = torch.tensor(given, dtype=x.dtype).reshape(1, -1, 1, 1).expand_as(x)
+        expected = (model(x) - model(black)).gather(1, labels[:, None])[:, 0].detach()
+        sums = [
+            pxp.heatmap(model, x, labels, pxp.IntegratedGradients(steps, baseline=given)).flatten(1).sum(1)
+            for steps in (10, 400)
+        ]
+        coarse, fine = (float((total - expected).abs().max() / expected.abs().max()) for total in sums)
+        assert fine < coarse / 10 and fine < 4e-3
+        grey = (model(x) - model(torch.zeros_like(x))).gather(1, labels[:, None])[:, 0].detach()
+        assert relative(sums[1], grey) > 0.1
+
+
+@pytest.mark.parametrize("given", [-1.5, BLACK])
+def test_paths_from_a_baseline_by_hand(given):
+    model, x, labels, units = network("grouped", samples=3)
+    steps = 4
+    black = torch.tensor(given, dtype=x.dtype).reshape(1, -1, 1, 1).expand_as(x)
+    points = [black + (x - black) * (k / steps) for k in range(steps + 1)]
+    found = pxp.attribute(model, (x, labels), units, pxp.IntegratedGradients(steps, baseline=given))
+    influence = pxp.attribute(model, (x, labels), units, pxp.IntegratedGradients(steps, True, baseline=given))
+    runs = [flows(model, point, labels, sites(units), target_sum) for point in points]
+    for layer in units:
+        gradient = sum(gradients[layer] for _, gradients in runs[1:]) / steps
+        change = (runs[-1][0][layer] - runs[0][0][layer]).detach()
+        assert relative(found.signed[layer], (gradient * change).flatten(2).sum(2).mean(0)) < 1e-9
+        assert relative(influence.signed[layer], gradient.flatten(2).sum(2).mean(0)) < 1e-9
+    lrp, path = pxp.LRP("gamma", input="flat"), pxp.LRP("gamma", input="flat", path_steps=steps, baseline=given)
+    heat = sum(pxp.heatmap(model, point, labels, lrp) for point in points[1:]) / steps
+    assert relative(pxp.heatmap(model, x, labels, path), heat) < 1e-9
+    parts = [pxp.attribute(model, (point, labels), units, lrp) for point in points[1:]]
+    scores = pxp.attribute(model, (x, labels), units, path)
+    assert all(relative(scores.signed[n], sum(part.signed[n] for part in parts) / steps) < 1e-9 for n in units)
+
+
+def test_pixels_that_turn_black_on_the_way_keep_their_relevance():
+    """From −1 to 1 half of the way is exactly 0, where x ⊙ g would lose what an input rule gives."""
+    model, x, labels, _units = network("vgg", samples=2)
+    ones = torch.ones_like(x)
+    path = pxp.LRP("zplus", input="flat", path_steps=2, baseline=-1.0)
+    expected = (pxp.heatmap(model, ones, labels, pxp.LRP("zplus", input="flat")) + pxp.heatmap(
+        model, ones * 1e-30, labels, pxp.LRP("zplus", input="flat"))) / 2  # fmt: skip
+    assert relative(pxp.heatmap(model, ones, labels, path), expected) < 1e-9
+
+
+@pytest.mark.parametrize("criterion", [pxp.IntegratedGradients, lambda n, **given: pxp.LRP(path_steps=n, **given)])
+def test_a_baseline_must_fit_the_channels(criterion):
+    model, x, labels, units = network("grouped")
+    for given in ((0.5,), (0.1, 0.2, 0.3, 0.4)):
+        message = rf"baseline has {len(given)} values, .*, but images of shape \(\d+, 3, 18, 18\) have 3 channels"
+        with pytest.raises(ValueError, match=message):
+            pxp.heatmap(model, x, labels, criterion(2, baseline=given))
+        with pytest.raises(ValueError, match=message):
+            pxp.attribute(model, (x, labels), units, criterion(2, baseline=given))
+
+
+def test_baselines_are_compared_and_printed_by_value():
+    assert pxp.IntegratedGradients() == pxp.IntegratedGradients(baseline=0)
+    assert repr(pxp.IntegratedGradients()) == "IntegratedGradients(steps=20, influence=False, start='logit')"
+    numbers = tuple(np.float32(value) for value in (-2.0, -1.5, 0.25))
+    for make in (pxp.IntegratedGradients, lambda **given: pxp.LRP(path_steps=3, **given)):
+        given, same = make(baseline=numbers), make(baseline=(-2, -1.5, 0.25))
+        assert given == same != make(baseline=-2) and hash(given) == hash(same)
+        assert repr(given) == repr(same) and "baseline=(-2.0, -1.5, 0.25)" in repr(given)
+        assert "baseline" not in repr(make(baseline=0.0))
+    assert repr(pxp.LRP(path_steps=3, baseline=-2)) == "LRP('epsilon', path_steps=3, baseline=-2.0)"
 
 
 def test_activation_by_hand():

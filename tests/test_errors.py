@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -226,6 +227,24 @@ RULES = {
     "NaN epsilon": (lambda: pxp.Epsilon(math.nan), ValueError, "epsilon must not be negative, got nan"),
     "alpha - beta": (lambda: pxp.AlphaBeta(2, 2), ValueError, "alpha − beta = 1, got alpha=2, beta=2"),
     "negative beta": (lambda: pxp.AlphaBeta(0.5, -0.5), ValueError, "must be ≥ 0 with alpha − beta = 1, got alpha=0.5"),
+    "no baseline": (
+        lambda: pxp.IntegratedGradients(baseline=None), TypeError,
+        "baseline must be a number or a tuple with one for each channel, got None",
+    ),
+    "baseline of another type": (
+        lambda: pxp.LRP(path_steps=2, baseline=[0.0, 1.0, 2.0]), TypeError,
+        r"baseline must be a number or a tuple with one for each channel, got \[0\.0, 1\.0, 2\.0\]",
+    ),
+    "baseline of truths": (lambda: pxp.IntegratedGradients(baseline=(True, 0.5)), TypeError, r"got \(True, 0\.5\)"),
+    "baseline of no number": (
+        lambda: pxp.IntegratedGradients(baseline=(0.5, math.nan)), ValueError,
+        r"baseline must be a finite number .*, got \(0\.5, nan\)",
+    ),
+    "empty baseline": (lambda: pxp.IntegratedGradients(baseline=()), ValueError, r"baseline must be .*, got \(\)"),
+    "baseline without a path": (
+        lambda: pxp.LRP(baseline=-2), ValueError,
+        "a baseline begins a path, got baseline=-2.0 with path_steps=1",
+    ),
     "box": (lambda: pxp.ZBox(1, 0), ValueError, "low must not exceed high, got low=1, high=0"),
 }  # fmt: skip
 
@@ -336,6 +355,53 @@ def test_scores_that_overflow_name_their_layers():
         pxp.Scores(units, values, broken)
     with pytest.raises(ValueError, match="signed scores and components name different layers"):
         pxp.Scores(units, values, {"features.0": torch.zeros(16)})
+
+
+def deep(layers: int, weight: float = 1.0) -> nn.Module:
+    """Biases as large as what the weights make of the image, so that without them some denominators are almost 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for _ in range(layers):
+        model.extend([nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()])
+    model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)])
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.normal_(0, weight / 6)
+                layer.bias.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("rule", ["gamma", "epsilon"])
+def test_relevance_that_overflows_for_want_of_biases(rule, untouched):
+    model, data = untouched(deep(60)), (torch.randn(2, 4, 12, 12), torch.tensor([0, 1]))
+    units = pxp.find_components(model, example=data[0])
+    choices = {
+        "by name": pxp.LRP(rule, zero_params="bias"),
+        "an object": pxp.LRP({"gamma": pxp.Gamma, "epsilon": pxp.Epsilon}[rule](zero_params="bias")),
+    }
+    message = r"overflows, .* first at '{}', and with biases in the denominators it does not.*Leave zero_params out"
+    for lrp in choices.values():
+        # in the layers between the output and this one it is large, in those below it is lost
+        with pytest.raises(ValueError, match=re.escape(repr(lrp)) + " " + message.format(r"\d+")) as error:
+            pxp.attribute(model, data, units, lrp)
+        layer = re.search(r"first at '(\d+)'", str(error.value)).group(1)
+        above = pxp.attribute(model, data, units.only(*[n for n in units if int(n) > int(layer)]), lrp)
+        sizes = [float(above[n].max()) for n in above]
+        assert sizes[0] > 1e6 * sizes[-1]
+        with pytest.raises(ValueError, match=message.format("input")):
+            pxp.heatmap(model, *data, lrp)
+    assert pxp.attribute(model, data, units, pxp.LRP(rule)).samples == 2
+
+
+def test_other_reasons_to_overflow_are_not_blamed_on_biases():
+    model, data = deep(12, weight=1e5), (torch.randn(2, 4, 12, 12), torch.tensor([0, 1]))
+    units = pxp.find_components(model, example=data[0])
+    for lrp in (pxp.LRP("gamma", zero_params="bias"), pxp.LRP("gamma")):
+        with pytest.raises(ValueError, match=r"scores by LRP\(.*\) are NaN or infinite .* the numbers overflowed"):
+            pxp.attribute(model, data, units, lrp)
+        with pytest.raises(ValueError, match=r"the heatmap by LRP\(.*\) is NaN or infinite; the numbers overflowed"):
+            pxp.heatmap(model, *data, lrp)
 
 
 class TooLarge(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
+from ..baseline import Baseline, as_baseline
 from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
 from ..network.bake import need_weight
@@ -20,7 +21,7 @@ from ..network.replica import replica
 from ..network.trace import Trace, trace_model
 from .balance import check_balance
 from .passes import FUNCTIONS, Identity, Normalisation
-from .rules import Epsilon, Rule, make_rule
+from .rules import Epsilon, InputRule, Rule, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class LayerComposite(Composite):
         Layer name → depth group.
     functions : dict
         How what a model computes by functions lets relevance pass, see :class:`pxp.network.signals.Signals`.
+    input_layer : str or None
+        The first layer, if it has a rule for inputs whose relevance does not contain them as a factor.
     """
 
     functions = FUNCTIONS
@@ -108,6 +111,8 @@ class LayerComposite(Composite):
         super().__init__(module_map=lambda ctx, name, module: rules.get(name))
         self.rules = rules
         self.groups = groups
+        first = next(iter(groups), None)
+        self.input_layer = first if first is not None and isinstance(rules[first], InputRule) else None
 
     def __repr__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self.groups))
@@ -130,7 +135,9 @@ class LRP(Criterion):
         parameters: ε = 1e-6; γ = 0.25 for convolutions and 0.05 for linear layers; α = 2, β = 1.
     input : str or Rule, optional
         Rule of the very first layer, for heatmaps: ``pxp.ZBox(0, 1)``, ``"flat"``, ``"wsquare"``. It changes no
-        component's score.
+        component's score. A model may normalise its images first, pixel by pixel: relevance passes that as it is, and
+        the bounds of ``ZBox`` are those of the normalised values. Where it does more before that layer (resizes,
+        normalises by what other pixels are), :func:`pxp.heatmap` refuses these rules.
     softmax : {"attnlrp", "cp", "zplus"} or AttentionRule, default "attnlrp"
         How relevance passes the attention's softmax: :class:`pxp.AttnLRP`, :class:`pxp.CPLRP`,
         :class:`pxp.SoftmaxZPlus`.
@@ -139,8 +146,12 @@ class LRP(Criterion):
         relevance divided by the logit, unstable near 0); the logit minus the largest other one; the cross-entropy loss.
     path_steps : int, default 1
         Average the relevance over this many images on the straight way from black to the image; costs as many passes.
+    baseline : float or tuple of float, default 0.0
+        Where that way begins: the value of black, see :class:`pxp.IntegratedGradients`.
     zero_params : "bias", optional
-        For the rules given by name: leave biases out of the denominators.
+        For the rules given by name: leave biases out of the denominators. Under ε and γ these can then be almost 0
+        where the outputs are not, and relevance of both signs grows from layer to layer; where it overflows, that is
+        an error.
     absolute : {"token", "sample", "never"}, default "token"
         ``scores`` are means of absolute values: taken per token, as in the paper, or per sample, after summing over
         its tokens (filters have one token, so there is no difference), or not at all: the mean relevance with its sign,
@@ -163,7 +174,9 @@ class LRP(Criterion):
     ------
     ValueError
         Unknown rule, start, zero_params or absolute; ``path_steps`` below 1; a parameter that the group's rule does not
-        have.
+        have; a baseline that is not finite, does not fit the images' channels, or has no path to begin.
+    TypeError
+        A baseline that is neither a number nor a tuple of numbers.
 
     Examples
     --------
@@ -182,6 +195,7 @@ class LRP(Criterion):
     zero_params: str | None
     softmax: str | AttentionRule
     absolute: str
+    baseline: Baseline
 
     def __init__(
         self,
@@ -197,6 +211,7 @@ class LRP(Criterion):
         zero_params: str | None = None,
         softmax: str | AttentionRule = "attnlrp",
         absolute: str = "token",
+        baseline: Baseline = 0.0,
         **parameters: Any,
     ) -> None:
         given = dict(zip(GROUPS, (low, middle, high, fc), strict=True))
@@ -216,6 +231,7 @@ class LRP(Criterion):
             ("zero_params", zero_params),
             ("softmax", softmax),
             ("absolute", absolute),
+            ("baseline", as_baseline(baseline)),
         ):
             object.__setattr__(self, name, value)
         check_start(start)
@@ -223,6 +239,8 @@ class LRP(Criterion):
         make_softmax_rule(softmax, zero_params)
         if path_steps < 1:
             raise ValueError(f"path_steps must be at least 1, got {path_steps}")
+        if path_steps == 1 and self.baseline != 0:
+            raise ValueError(f"a baseline begins a path, got baseline={self.baseline} with path_steps=1")
         self._rules()  # a wrong name is an error here, not at the first use
 
     def _rules(self) -> dict[str, Rule]:
@@ -234,13 +252,37 @@ class LRP(Criterion):
         }
 
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
-        with probe.rules(self.composite(probe.model, probe.structure)):
+        composite = self.composite(probe.model, probe.structure)
+        without = [rule for rule in composite.rules.values() if isinstance(rule, Rule) and rule.zero_params]
+        overflown = None
+        with probe.rules(composite):
             for images, labels in probe.batches():
-                found = probe.relevance(images, labels, start=self.start, steps=self.path_steps)
+                found = self._relevance(probe, images, labels)
                 if once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
                     with forgotten(probe.model):
                         check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
+                overflown = next((n for n in found if not bool(found[n].isfinite().all())), None) if without else None
+                if overflown is not None:
+                    break
                 yield found
+        if overflown is None:
+            return
+        for rule in without:
+            rule.zero_params = []
+        with probe.rules(composite):
+            again = self._relevance(probe, images, labels)
+        if all(bool(value.isfinite().all()) for value in again.values()):
+            raise ValueError(
+                f"relevance by {self!r} overflows, on its way from the output first at {overflown!r}, and with biases "
+                "in the denominators it does not: without them (zero_params='bias') a denominator can be almost 0 "
+                "where the output is not, so that relevance of both signs grows from layer to layer. Leave zero_params "
+                "out, or give the rules a larger epsilon, as in pxp.Gamma(zero_params='bias', epsilon=0.01); float64 "
+                "only holds larger numbers"
+            )
+        yield found  # the biases are not the reason, and who reads these numbers refuses them
+
+    def _relevance(self, probe: Probe, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return probe.relevance(images, labels, start=self.start, steps=self.path_steps, baseline=self.baseline)
 
     def composite(self, model: nn.Module, structure: Trace | None = None) -> LayerComposite:
         """The zennit composite for one model; its ``repr`` shows which rule each layer got.
@@ -306,6 +348,7 @@ class LRP(Criterion):
         parts += [f"input={self.input!r}"] if self.input is not None else []
         parts += [f"start={self.start!r}"] if self.start != "logit" else []
         parts += [f"path_steps={self.path_steps}"] if self.path_steps != 1 else []
+        parts += [f"baseline={self.baseline}"] if self.baseline != 0 else []
         parts += [f"zero_params={self.zero_params!r}"] if self.zero_params else []
         parts += [f"softmax={self.softmax!r}"] if self.softmax != "attnlrp" else []
         parts += [f"absolute={self.absolute!r}"] if self.absolute != "token" else []

@@ -303,7 +303,7 @@ class AlphaBeta(_Signed):
         return [self.alpha, self.beta]
 
 
-class _InputRule(Rule):
+class InputRule(Rule):
     """Rules for the layer that sees the image; :func:`pxp.heatmap` gives them an image without exact zeros."""
 
     def terms(self, module: nn.Module, x: Tensor) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
@@ -317,7 +317,7 @@ class _InputRule(Rule):
         return None if self.zero_params else module.bias  # type: ignore[return-value]
 
 
-class WSquare(_InputRule):
+class WSquare(InputRule):
     """w²: R_i = Σ_j w_ij² / (Σ_i w_ij² + b_j²) R_j  (Montavon et al. 2017). For the first layer only.
 
     The relevance of inputs that are exactly 0 is lost elsewhere, since g = R / x has no value there.
@@ -333,7 +333,7 @@ class WSquare(_InputRule):
         return [(1.0, torch.ones_like(x), module.weight**2, None if bias is None else bias**2)]  # type: ignore[operator]
 
 
-class Flat(_InputRule):
+class Flat(InputRule):
     """Flat: every input of an output gets the same share (Lapuschkin et al. 2019). For the first layer only.
 
     Parameters
@@ -346,7 +346,7 @@ class Flat(_InputRule):
         return [(1.0, torch.ones_like(x), torch.ones_like(module.weight), None)]  # type: ignore[arg-type]
 
 
-class ZBox(_InputRule):
+class ZBox(InputRule):
     """z^B, for inputs in a box: contributions a w − l w⁺ − h w⁻  (Montavon et al. 2017). For the first layer only.
 
     Parameters

@@ -50,13 +50,15 @@ class SearchSpace(Mapping[str, "BaseDistribution"]):
             split_setting(settings)  # a wrong name or value is an error here, not in every trial
 
     def _corners(self) -> Iterator[dict[str, Any]]:
-        """Every value by itself, with the rule that a parameter of a rule belongs to."""
+        """Every value by itself, with the rule that a parameter of a rule belongs to, or the path of a baseline."""
         rules = {parameter: rule for rule, parameter in PARAMETERS.items()}
         for name, distribution in self.items():
             group, _, parameter = name.partition("_")
-            rule = {group: rules[parameter]} if group in GROUPS and parameter in rules else {}
+            others: dict[str, Any] = {group: rules[parameter]} if group in GROUPS and parameter in rules else {}
+            if name == "baseline":  # which only a path has
+                others["path_steps"] = 2
             for value in getattr(distribution, "choices", None) or (getattr(distribution, "low", None),):
-                yield {**rule, name: value}
+                yield {**others, name: value}
 
     def __getitem__(self, name: str) -> BaseDistribution:
         return self._distributions[name]

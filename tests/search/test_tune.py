@@ -85,6 +85,8 @@ def test_spaces_of_ones_own():
     assert setting == {"low": "gamma", "low_gamma": 0.5, "min_keep": 3}
     wider = pxp.search_space(pxp.load_model("vgg")) | {"min_keep": [0, 4]}
     assert wider.size == 1024 and "min_keep" in wider and len(wider) == 6
+    paths = SearchSpace({"path_steps": [2, 4], "baseline": [0.0, -2.0]})
+    assert paths(optuna.trial.FixedTrial({"path_steps": 4, "baseline": -2.0})) == {"path_steps": 4, "baseline": -2.0}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ def test_spaces_of_ones_own():
         ({"low": ["epsilon", "gama"]}, ValueError, "unknown rule 'gama'"),
         ({"lower": ["epsilon"]}, TypeError, "LRP has no parameter 'lower'"),
         ({"absolute": ["always"]}, ValueError, "absolute must be one of"),
+        ({"path_steps": [2], "baseline": [math.inf]}, ValueError, "baseline must be a finite number"),
     ],
 )
 def test_wrong_spaces_are_errors_before_any_trial(ready, space, error, message):
