@@ -50,8 +50,9 @@ class InputProbe(Probe):
         exact: bool = False,
         carried: bool = False,
     ) -> None:
-        point = without_zeros(images).requires_grad_()
         layer = self._layer
+        # a network may ask which values are 0, so without a rule for the input they stay
+        point = (images.detach().clone() if layer is None else without_zeros(images)).requires_grad_()
         if layer is not None and layer not in self._behind:
             self._behind[layer] = is_behind(self.twin, layer, images[:1])
         if layer is None or not self._behind[layer]:

@@ -19,8 +19,9 @@ from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
 from .network.fold import fold_batch_norm
 from .network.gated import incoming, unit_weights
+from .network.layers import RELU
 from .network.outputs import logits_of
-from .network.replica import check_values, eager, out_of_memory, replica
+from .network.replica import check_values, eager, hooked, out_of_memory, replica
 from .network.signals import Pass, Signals
 from .network.trace import Trace
 
@@ -299,10 +300,6 @@ def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, T
     return tuple(part.clone() if part.is_inference() else part for part in (images, labels))  # type: ignore[return-value]
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 @contextmanager
 def reading(
     twin: nn.Module,
@@ -322,7 +319,7 @@ def reading(
     rectified = {
         name: activation
         for name, activation in structure.activations.items()
-        if not exact and type(modules[activation]) is nn.ReLU and not _hooked(modules[activation])
+        if not exact and type(modules[activation]) is RELU and not hooked(modules[activation])
     }
     waiting: dict[int, list[Tensor]] = {}
 

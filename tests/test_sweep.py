@@ -196,21 +196,38 @@ def test_what_cannot_be_cut_is_masked(caplog):
     assert said.startswith("Branches cannot be cut, so masks are measured one at a time: Branches cannot be traced")
 
 
-@pytest.mark.parametrize("wrong", [nn.Dropout(0.5).train, lambda: None])
-def test_masking_is_compared_too(wrong, monkeypatch):
-    """With the masked model itself, which is random here, or masked otherwise."""
-
+def test_what_is_random_is_refused():
     class Random(Branches):
         def forward(self, x):
-            return super().forward(F.dropout(x, 0.5, training=True) if wrong() else x)
+            return super().forward(F.dropout(x, 0.5, training=True))
 
     torch.manual_seed(0)
     model, images = Random().eval(), torch.rand(30, 1, 8, 8)
     units = pxp.find_components(model, example=images[:1])
-    if wrong() is None:
-        monkeypatch.setattr(sweep, "for_weight", lambda layer, keep: torch.ones_like(layer.weight))
-    with pytest.raises(ValueError, match="Random under a mask gives something else than pxp's copy of it"):
+    with pytest.raises(ValueError, match="Random gives something else each time"):
         Sweep(model, (images, torch.zeros(30).long())).accuracies([drawn(units, 0.5)])
+
+
+class ReadsItsWeight(Branches):
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3)) * self.conv.weight.flatten(1).norm(dim=1).sum() ** 2
+        return self.fc(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize("make", [Branches, ReadsItsWeight])
+def test_weights_that_are_read_and_hooks_behind_a_layer(make):
+    """Zeroed rows are not masked filters there; the curve is that of the masked model all the same."""
+    torch.manual_seed(0)
+    model, images = make().eval(), torch.rand(60, 1, 8, 8)
+    if make is Branches:
+        shift = 2 * torch.rand(8, 1, 1) - 1
+        model.conv.register_forward_hook(lambda module, inputs, output: output + shift)
+    data = balanced(model, images)
+    units = pxp.find_components(model, example=images[:1])
+    masks = [drawn(units, rate) for rate in (0, 0.3, 0.6)]
+    expected = by_hand(model, masks, data)
+    assert len(set(expected)) > 1
+    assert Sweep(model, data).accuracies(masks) == expected
 
 
 def test_a_misread_structure_is_masked_instead(monkeypatch):

@@ -16,8 +16,8 @@ from ..criteria import Criterion, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
 from ..network.bake import need_weight
 from ..network.check import forgotten, once
-from ..network.layers import CONVOLUTIONS, passes
-from ..network.replica import replica
+from ..network.layers import CONVOLUTIONS, RELU, passes
+from ..network.replica import hooked, replica
 from ..network.trace import Trace, trace_model
 from .balance import check_balance
 from .passes import FUNCTIONS, Identity, Normalisation
@@ -258,7 +258,7 @@ class LRP(Criterion):
         with probe.rules(composite):
             for images, labels in probe.batches():
                 found = self._relevance(probe, images, labels)
-                if once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
+                if probe.samples == 0 and once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
                     with forgotten(probe.model):
                         check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
                 overflown = next((n for n in found if not bool(found[n].isfinite().all())), None) if without else None
@@ -326,7 +326,12 @@ class LRP(Criterion):
         for position, (name, group) in enumerate(groups.items()):
             rule = by_group["input" if position == 0 and "input" in by_group else group].copy()
             activation = structure.activations.get(name)
-            rule.rectified = activation is not None and type(modules[activation]) is nn.ReLU
+            between = [modules[part] for part in (name, *structure.site(name), activation) if part is not None]
+            rule.rectified = (
+                activation is not None
+                and type(modules[activation]) is RELU
+                and not any(hooked(part) for part in between)  # which may lift what is below 0
+            )
             hooks[name] = rule
         for name in structure.heads:
             hooks[name] = make_softmax_rule(self.softmax, self.zero_params)

@@ -19,18 +19,16 @@ class Identity(Hook):
     """
 
     def register(self, module: nn.Module):
-        self._alone = not module._forward_hooks  # else the output may be another than the activation's own
-        return module.register_forward_hook(self._hook)
+        return module.register_forward_hook(self._hook, prepend=True)  # a user's hook may change the output
 
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x = inputs[0]
         if not x.requires_grad:
             return None
-        value = None if self._alone else output.detach()
 
         def make(x: Tensor) -> Tensor:
             known = x.detach()
-            return x * torch.where(known == 0, 0, (module.forward(known) if value is None else value) / known)
+            return x * torch.where(known == 0, 0, module.forward(known) / known)
 
         return Anew.apply((output.detach(),), make, x)
 
@@ -42,7 +40,7 @@ class Normalisation(Hook):
     """
 
     def register(self, module: nn.Module):
-        return module.register_forward_hook(self._hook)
+        return module.register_forward_hook(self._hook, prepend=True)
 
     @staticmethod
     def _hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

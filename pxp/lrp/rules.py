@@ -74,7 +74,7 @@ class Rule(Hook):
     def register(self, module: nn.Module):
         if not isinstance(getattr(module, "weight", None), Tensor):
             raise TypeError(f"{type(self).__name__} is a rule for linear and convolutional layers, not {module}")
-        return module.register_forward_hook(self._hook)
+        return module.register_forward_hook(self._hook, prepend=True)  # what a user's hook changes is not the layer's
 
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         # where no gradient flows below, the rule would have no effect
@@ -146,14 +146,10 @@ class _Signed(Rule):
     For inputs ≥ 0 the positive contributions are Σ a w⁺, one pass; for others Σ a⁺ w⁺ + Σ a⁻ w⁻.
     """
 
-    def register(self, module: nn.Module):
-        self._alone = not module._forward_hooks  # else the output may be another than the layer's own
-        return super().register(module)
-
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x = inputs[0]
         # over tokens what the rule keeps is more than all that the network itself keeps, and is soon made again
-        if self._alone and x.requires_grad and isinstance(module, LINEAR) and x.ndim > 2:
+        if x.requires_grad and isinstance(module, LINEAR) and x.ndim > 2:
             layer = with_parameters(module, module.weight, module.bias)
             return Anew.apply((output.detach(),), lambda x: self.apply(module, x, layer(x)), x)
         return super()._hook(module, inputs, output)

@@ -20,11 +20,16 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model → the state in 
 
 
 def state_of(model: nn.Module) -> tuple:
-    """Changes whenever a module, a parameter, a buffer or a hook of the model does."""
+    """Changes whenever a module, a parameter, a buffer, a hook or a setting of the model does."""
     held = (*model.parameters(), *model.buffers())
     versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held)
-    modules = ((id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules())
+    modules = ((id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks, *_settings(m)) for m in model.modules())
     return tuple(versions), tuple(modules)
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    plain = (bool, int, float, str, type(None))
+    return [(k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "training"]
 
 
 def once(model: nn.Module, what: str) -> bool:

@@ -8,14 +8,15 @@ from torch import Tensor
 
 
 def tensors(values: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, dicts and objects with ``logits``."""
+    """The tensors in nested tuples, lists, dicts and objects with ``logits``, which come first."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, tuple | list):
         for value in values:
             yield from tensors(value)
     elif isinstance(values, dict):
-        yield from tensors(list(values.values()))
+        logits = [values["logits"]] if "logits" in values else []
+        yield from tensors([*logits, *(value for key, value in values.items() if key != "logits")])
     elif isinstance(getattr(values, "logits", None), Tensor):
         yield values.logits  # type: ignore[attr-defined]
 

@@ -60,6 +60,11 @@ def replica(model: nn.Module) -> nn.Module:
     return make_explicit(twin)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a user's hook may change what a module takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _shared(tensor: Tensor) -> Tensor:
     """The same memory without history; a copy of what was made in inference mode, which no graph may hold."""
     if not tensor.is_inference():

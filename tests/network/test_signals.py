@@ -118,3 +118,23 @@ def test_a_network_that_ends_in_probabilities_is_explained_from_its_logits(end):
     model = End(body, end)
     for criterion in (pxp.LRP(), pxp.LRP("zplus"), pxp.LRP(start="margin"), pxp.Taylor()):
         assert relative(pxp.heatmap(model, x, labels, criterion), pxp.heatmap(body, x, labels, criterion)) < 1e-12
+
+
+class Answers(nn.Module):
+    """A network whose features, first in its answer, come before a head with weights of its own."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.conv, self.weight, self.first = nn.Conv2d(3, 6, 3), nn.Parameter(torch.randn(3, 6)), first
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.conv(x).relu().mean((2, 3))
+        answer = {"features": features, "logits": F.linear(features, self.weight)}
+        return dict(sorted(answer.items(), key=lambda pair: pair[0] != self.first))
+
+
+@pytest.mark.parametrize("first", ["features", "logits"])
+def test_logits_are_followed_wherever_they_stand(first):
+    x, labels = samples()
+    with pytest.raises(ValueError, match="computes linear with weights of its own"):
+        pxp.heatmap(Answers(first).double(), x, labels)
