@@ -163,16 +163,19 @@ class _Constants(Signals):
     def leave(self, args: tuple, options: dict, output: object) -> None:
         name = self.inside[-1]
         self.ended[name] = None
-        module, kind = self.modules[name], self.kinds[name]
-        if kind is not None and not module._modules and isinstance(output, Tensor) and self.of(args[0]) is not None:
-            x = args[0].detach()
-            zeros = (torch.zeros_like(x), *args[1:])
+        module = self.modules[name]
+        x = next(tensors([args, options]), None)
+        leaf = None if module._modules else self.kinds[name]
+        if leaf is not None and x is not None and self.of(x) is not None and isinstance(output, Tensor):
+            zero = torch.zeros_like(x)
+            zeros = tuple(zero if value is x else value for value in args)
+            named = {key: zero if value is x else value for key, value in options.items()}
             with torch.no_grad():
-                nothing = module.forward(*zeros, **options)
+                nothing = module.forward(*zeros, **named)
                 for hook in self.hooks[name]:  # a mask silences the bias too
-                    changed = hook(module, zeros, options, nothing)
+                    changed = hook(module, zeros, named, nothing)
                     nothing = nothing if changed is None else changed
-            if kind.passes == "identity":
+            if leaf.passes == "identity":
                 nothing = torch.where(x == 0, nothing, 0)
             self._note(nothing, output)
         super().leave(args, options, output)

@@ -34,6 +34,12 @@ LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")
 MADE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
         "new_full", "new_empty", "new_tensor")  # fmt: skip
 
+# what functions call their first and their second operand
+FIRST = ("condition", "input", "tensor", "tensors")
+HOOKED = ("rule", "affine", "identity", "normalisation")  # modules whose hooks read the input
+SECOND = ("other", "exponent", "mat2", "vec")
+BINARY = ("product", "quotient", "product of matrices", "extremum")
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -125,6 +131,9 @@ class Signals(TorchFunctionMode):
         return self._entered.get(output, output)
 
     def enter(self, name: str, inputs: tuple) -> None:
+        kind = self.kinds[name]
+        if not inputs and kind is not None and kind.passes in HOOKED:
+            raise by_keyword(name)
         self.inside.append(name)
 
     def leave(self, args: tuple, options: dict, output: object) -> None:
@@ -134,7 +143,7 @@ class Signals(TorchFunctionMode):
             return
         given = [signal for tensor in tensors([*args, *options.values()]) if (signal := self.of(tensor)) is not None]
         if kind.passes == "softmax" or kind.name == "gate":
-            self._remember(output, args[0])
+            self._remember(output, next(tensors([args, options])))
         weight = getattr(self.modules[name], "weight", None)
         if kind.passes == "rule" and self.of(weight) is not None:
             given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
@@ -162,7 +171,7 @@ class Signals(TorchFunctionMode):
         return signal
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        options = kwargs or {}
+        options, kind = kwargs or {}, kind_of_function(func)
         given = {id(t): t for t in tensors([*args, *options.values()])}
         if getattr(func, "__name__", "") in LIKE:
             given = dict(list(given.items())[:1])
@@ -173,10 +182,10 @@ class Signals(TorchFunctionMode):
             return func(*args, **options)
         name = self.inside[-1]
         trusted = self.kinds[name] is not None or isinstance(self.modules[name], Attention)
-        kind = kind_of_function(func)
+        args, options = _by_position(func, kind, args, options)
         how, kept = ("", list(known.values())) if trusted else self._verdict(func, kind, args, options, known)
         if how.startswith("constant"):
-            gate = int(how[-1])
+            gate = int(how.split()[1])
             if self.passes is not None:
                 args = tuple(a.detach() if i == gate else a for i, a in enumerate(args))
             result = func(*args, **options)
@@ -224,32 +233,72 @@ class Signals(TorchFunctionMode):
             return kind.passes, signals
         if kind.passes != "product":
             return "", signals
-        one, other = args[0], args[1] if len(args) > 1 else options.get("other")
-        first, second = self.of(one), self.of(other)
+        return self._product(name, kind, args, options, fault)
+
+    def _product(
+        self, name: str, kind: Kind, args: tuple, options: dict, fault: Callable[[str], tuple[str, list[Signal]]]
+    ) -> tuple[str, list[Signal]]:
+        """The same for a product: half to each of two signals, and all of it to the one if the other is a gate."""
+        places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
+        known = [(place, signal) for place in places if (signal := self.of(args[place])) is not None]
+        signals = [signal for _, signal in known]
+        plain = name.strip("_")
         if kind.name == "product of matrices":
+            if "add" in plain:  # the first of three is added
+                return fault(name) if len(signals) > 1 or self.of(args[0]) is None else ("", signals)
+            if len(places) == 1:  # einsum may only sum
+                return "", signals
             if len(known) < 2:
                 return fault(f"{name} with {OWN}")
+            if len(places) > 2:
+                return fault(f"{name} of {len(places)} tensors")
             if len({signal.soft for signal in signals}) == 2:
                 return fault("attention")
-            return "half", signals
-        if name.strip("_") in ("square", "pow"):
-            exponent = 2 if name.strip("_") == "square" else other
+        elif plain in ("square", "pow"):
+            exponent = 2 if plain == "square" else args[1]
+            if isinstance(exponent, Tensor):
+                if known[-1][0] == 1:
+                    return fault(f"{plain} by what depends on the input")
+                exponent = exponent.flatten()[0].item() if len(exponent.unique()) == 1 else "a tensor"
             if exponent == 1:
                 return "", signals
-            return ("half", signals) if exponent == 2 else fault(f"{name.strip('_')} by {exponent}")
-        if kind.name == "sum with a product":
+            return ("half", signals) if exponent == 2 else fault(f"{plain} by {exponent}")
+        elif kind.name == "sum with a product":
             factors = [self.of(factor) for factor in (*args[1:], options.get("tensor1"), options.get("tensor2"))]
             return fault(name) if sum(factor is not None for factor in factors) > 1 else ("", signals)
-        if kind.name == "quotient":
-            return ("", signals) if second is None and not name.strip("_").startswith("r") else fault("quotient")
-        if first is None or second is None:
+        elif kind.name == "quotient":
+            right = [place for place, _ in known] == [0] and plain[0] != "r"
+            return ("", signals) if right else fault("quotient")
+        if len(known) < 2:
             return "", signals
-        if one is other or first.gate == second.gate:
+        (one, first), (other, second) = known
+        if first.gate == second.gate:
             return "half", signals
-        gate = 1 if second.gate > first.gate else 0
+        gate = other if second.gate > first.gate else one
         if gate == 0 and ((name.endswith("_") and not name.startswith("__")) or name.startswith("__i")):
             return fault(f"{name} that overwrites a gate")
-        return f"constant {gate}", [second if gate == 0 else first]
+        return f"constant {gate}", [first if gate == other else second]
+
+
+def _by_position(func: Callable, kind: Kind | None, args: tuple, options: dict) -> tuple[tuple, dict]:
+    """The arguments of a known function with its operands, as far as they are named or listed, in their places."""
+    if kind is None:
+        return args, options
+    options = dict(options)
+    first = next((name for name in FIRST if name in options), None) if not args else None
+    if first is not None:
+        args = (options.pop(first),)
+    second = next((name for name in SECOND if name in options), None) if len(args) == 1 else None
+    if second is not None and kind.name in BINARY:
+        args = (*args, options.pop(second))
+    if func.__name__ == "einsum" and len(args) == 2 and isinstance(args[1], tuple | list):
+        args = (args[0], *args[1])
+    return args, options
+
+
+def by_keyword(name: str) -> TypeError:
+    """What is told of a layer whose rule sees no input."""
+    return TypeError(f"layer {name!r} is called by keyword; rules see positional inputs: write layer(x)")
 
 
 def without_functions() -> Any:

@@ -14,7 +14,7 @@ from .attention import Attention
 from .layers import LAYERS, LINEAR, TRANSPOSED, is_activation, is_batch_norm
 from .outputs import tensors
 from .replica import eager, out_of_memory, replica
-from .signals import Signal, Signals
+from .signals import Signal, Signals, by_keyword
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
             if not inputs:
-                raise TypeError(f"layer {name!r} is called by keyword; rules see positional inputs: write layer(x)")
+                raise by_keyword(name)
             if not isinstance(output, Tensor):
                 return
             source = producer.get(_key(inputs[0]))

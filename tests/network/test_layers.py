@@ -55,6 +55,17 @@ PAIRS = {
     "in place by an option": (lambda x: F.silu(x, inplace=True), nn.SiLU()),
     "in place by position": (lambda x: F.hardswish(x, True), nn.Hardswish()),
     "gelu": (lambda x: F.gelu(x, approximate="tanh"), nn.GELU(approximate="tanh")),
+    "log sigmoid": (F.logsigmoid, nn.LogSigmoid()),
+    "by keyword": (lambda x: F.elu(input=x), nn.ELU()),
+    "a normalisation by keyword": (
+        lambda x: F.layer_norm(input=x, normalized_shape=(10,)),
+        nn.LayerNorm(10, elementwise_affine=False),
+    ),
+    "others by keyword": (
+        lambda x: F.silu(F.dropout(input=torch.add(input=x, other=x), training=False) / 2),
+        nn.SiLU(),
+    ),
+    "an einsum of one": (lambda x: torch.einsum("nchw->nhcw", x.transpose(1, 2)), nn.Identity()),
     "mish written out": (lambda x: x * torch.tanh(F.softplus(x)), nn.Mish()),
     "silu written out": (lambda x: x * torch.sigmoid(x), nn.SiLU()),
     "hard swish written out": (lambda x: x * (F.relu6(x + 3) / 6), nn.Hardswish()),
@@ -95,7 +106,11 @@ def _drawn(*shape: int) -> Tensor:
         (lambda x: x / x.norm(dim=1, keepdim=True), "computes norm, quotient"),
         (lambda x: 1 / (1 + x * x), "computes quotient"),
         (lambda x: x**3, "computes pow by 3"),
-        (lambda x: x.sqrt(), "computes sqrt"),
+        (lambda x: torch.pow(1.5, x), "computes pow by what depends on the input"),
+        (lambda x: x.abs() ** x, "computes pow by what depends on the input"),
+        (lambda x: x.abs() ** _drawn(10).abs(), "computes pow by a tensor"),
+        (lambda x: torch.einsum("nchw,nchw,w->nchw", x, x, _drawn(10)), "computes einsum of 3 tensors"),
+        (lambda x: (1 + x.square()).sqrt(), "computes sqrt"),
         (lambda x: x + x.detach(), "computes detach"),
         (lambda x: F.conv2d(x, _drawn(8, 8, 1, 1)), "computes conv2d with weights of its own"),
         (lambda x: F.linear(x, _drawn(10, 10)), "computes linear with weights of its own"),
@@ -114,6 +129,28 @@ def test_what_is_not_known_is_named(function, message):
         pxp.heatmap(model, x, labels)
     # what needs no rule takes it as it is
     assert pxp.heatmap(model, x, labels, pxp.Taylor()).shape == x.shape
+
+
+class Named(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(input=x)
+
+
+@pytest.mark.parametrize("inner", [nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.Tanh(), nn.Conv2d(8, 8, 1)])
+def test_a_module_whose_rule_sees_the_input_is_called_by_position(inner):
+    x, labels = samples()
+    with pytest.raises(TypeError, match=r"layer '1.inner' is called by keyword; rules see positional inputs"):
+        pxp.heatmap(around(Named(inner)), x, labels)
+
+
+@pytest.mark.parametrize("inner", [nn.AvgPool2d(3), nn.Dropout(), nn.Identity()])
+def test_another_module_is_called_as_one_likes(inner):
+    x, labels = samples()
+    assert relative(pxp.heatmap(around(Named(inner)), x, labels), pxp.heatmap(around(inner), x, labels)) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ GATES = {
     "shifted": (torch.tanh, lambda x, gate: x * (1 + gate)),
     "scaled and clipped": (lambda g: nn.functional.relu6(g + 3) / 6, None),
     "of a gate": (torch.sigmoid, lambda x, gate: x * (gate * torch.sigmoid(x.mean(1, keepdim=True)))),
+    "by einsum": (torch.sigmoid, lambda x, gate: torch.einsum("nc,nchw->nchw", gate[:, :, 0, 0], x)),
+    "by a listed einsum": (torch.sigmoid, lambda x, gate: torch.einsum("nchw,ncij->nchw", [x, gate])),
+    "by a product of matrices": (
+        torch.sigmoid, lambda x, gate: (gate @ x.flatten(2).unsqueeze(2)).view_as(x),
+    ),
+    "by keyword": (torch.sigmoid, lambda x, gate: torch.mul(input=x, other=gate)),
     "softmax over branches": (
         lambda g: torch.softmax(torch.stack([g, 2 * g]), 0)[0], lambda x, gate: x * gate + x * (1 - gate),
     ),
@@ -60,6 +66,9 @@ def test_a_gate_is_a_constant(name, untouched):
         lambda x: x * x.flip(1),
         lambda x: x.square(),
         lambda x: x**2,
+        lambda x: torch.pow(x, exponent=2.0),
+        lambda x: x ** torch.full((10,), 2.0, dtype=x.dtype),
+        lambda x: torch.einsum("nchw,nchw->nchw", x, x),
         lambda x: torch.mul(x, x.roll(1, 1)),
         lambda x: x.mean((2, 3), keepdim=True) * x,  # FiLM
         lambda x: torch.nn.functional.silu(x) * x.flip(1),
