@@ -203,7 +203,8 @@ def finetune(
                 raise ValueError(f"weights are infinite or NaN after epoch {epoch + 1} of {epochs}; lower lr={lr:g}")
             if state is not None:
                 _save(state, about, epoch + 1, {name: part.state_dict() for name, part in parts.items()})
-    return trained.eval()
+    trained.eval()
+    return trained
 
 
 def _divergence(logits: Tensor, goal: Tensor, temperature: float) -> Tensor:

@@ -258,7 +258,9 @@ class LRP(Criterion):
         with probe.rules(composite):
             for images, labels in probe.batches():
                 found = self._relevance(probe, images, labels)
-                if probe.samples == 0 and once(probe.model, "balance"):  # behind the errors of the pass itself, which say more
+                if probe.samples == 0 and once(
+                    probe.model, "balance"
+                ):  # behind the errors of the pass itself, which say more
                     with forgotten(probe.model):
                         check_balance(probe.model, probe.structure, images[:1], labels[:1], EXACT.composite)
                 overflown = next((n for n in found if not bool(found[n].isfinite().all())), None) if without else None

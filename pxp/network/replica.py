@@ -1,4 +1,4 @@
-"""A private copy of a model's structure that shares its weights: what attribution works on instead of the model.
+"""A private copy of a model that shares its weights: what attribution works on instead of the model.
 
 Everything an explanation needs (evaluation mode, BatchNorm folded into its convolution, no in-place activation, hooks)
 is done to the replica. The user's model is never modified, so there is nothing to restore and nothing that an exception
@@ -24,7 +24,9 @@ from .layers import ACTIVATIONS, BLOCKS, is_activation
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """Copy the module tree in evaluation mode; parameters and buffers share memory with the model's.
+    """Copy the module tree in evaluation mode; parameters share memory with the model's.
+
+    Buffers and other tensors that modules hold do not: a forward pass may write into them (to count its calls, say).
 
     The copy's parameters need no gradient, its activations are not in-place, its attentions show their parts (see
     :class:`pxp.network.attention.Attention`), its gated MLPs their hidden units (:mod:`pxp.network.gated`), and the
@@ -38,15 +40,14 @@ def replica(model: nn.Module) -> nn.Module:
         time it is computed.
     """
     check_openable(model)
-    memo: dict[int, object] = {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): _shared(b) for b in model.buffers()}
-    for module in model.modules():
-        # tensors that the model or a hook keeps of an earlier pass cannot be copied otherwise
-        memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
+    # what the model or a hook keeps of an earlier pass has a history, which deepcopy does not copy
+    memo: dict[int, object] = {id(held): _copied(held) for _, _, held in _held(model)}
+    memo |= {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
     try:
-        twin = copy.deepcopy(model, memo).eval()
+        twin = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied, which explaining it needs: {error}") from error
+    twin.eval()  # a train() of the user's may return nothing
     bake(twin)
     for module in twin.modules():
         # these see and may change the gradients of the user's own training
@@ -65,12 +66,21 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def _held(model: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
+    """Buffers and plain tensors: the dictionary that holds each, its name there, and the tensor."""
+    for module in model.modules():
+        for place in (module._buffers, vars(module)):
+            yield from ((place, name, value) for name, value in place.items() if isinstance(value, Tensor))
+
+
 def _shared(tensor: Tensor) -> Tensor:
     """The same memory without history; a copy of what was made in inference mode, which no graph may hold."""
-    if not tensor.is_inference():
-        return tensor.detach()
+    return _copied(tensor) if tensor.is_inference() else tensor.detach()
+
+
+def _copied(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False):
-        return tensor.clone()
+        return tensor.detach().clone()
 
 
 def check_openable(model: nn.Module) -> None:
@@ -150,11 +160,29 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put ``model`` in evaluation mode; afterwards every module has the mode it had."""
+    """Put ``model`` in evaluation mode; afterwards every module has the mode and the tensors that it had."""
     modes = [(module, module.training) for module in model.modules()]
+    held = [(*where, _copied(where[2]), _version(where[2])) for where in _held(model)]
+    empty = [(module._buffers, name) for module in model.modules() for name, b in module._buffers.items() if b is None]
     model.eval()
     try:
         yield model
     finally:
         for module, mode in modes:
             module.training = mode
+        for place, name in empty:
+            place[name] = None
+        for place, name, tensor, before, version in held:
+            if name not in place or place[name] is not tensor:
+                place[name] = tensor
+            if tensor.is_inference() and not torch.equal(tensor, before):
+                with torch.inference_mode():
+                    tensor.copy_(before)
+            elif _version(tensor) != version:
+                with torch.no_grad():
+                    tensor.copy_(before)
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with every change in place, except of what was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version

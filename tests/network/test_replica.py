@@ -230,3 +230,64 @@ def test_models_that_cannot_be_opened_say_what_to_do(name):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Notes(nn.Module):
+    """Writes down what it sees, also in evaluation mode, into every kind of place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+        self.register_buffer("highest", torch.zeros(4))
+        self.register_buffer("passes", torch.tensor(0), persistent=False)
+        self.register_buffer("latest", None)
+        self.last, self.seen = torch.full((4,), torch.nan), torch.zeros(4)
+        with torch.inference_mode():
+            self.register_buffer("made", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3))
+        with torch.no_grad():
+            torch.maximum(self.highest, x.amax(0), out=self.highest)
+            self.passes += 1
+            self.seen[:2] = x[0, :2]
+            self.last = self.latest = x.mean(0)
+        if torch.is_inference_mode_enabled():
+            self.made.add_(1)
+        return self.fc(x)
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self.conv.eval()
+
+
+def test_what_a_forward_pass_writes_down_stays_as_it_was(untouched):
+    model = Notes().double()
+    for module in model.modules():
+        module.training = False
+    x, y = torch.rand(6, 1, 8, 8).double(), torch.arange(6) % 3
+    names = ("highest", "passes", "latest", "last", "seen", "made")
+    before = {name: (value := getattr(model, name), None if value is None else value.clone()) for name in names}
+
+    def same() -> bool:
+        return all(
+            getattr(model, name) is held and (held is None or torch.equal(held.nan_to_num(7), value.nan_to_num(7)))
+            for name, (held, value) in before.items()
+        )
+
+    untouched(model)
+    units = pxp.find_components(model, example=x[:1])
+    assert same()
+    assert pxp.heatmap(model, x, y).isfinite().all() and same()
+    scores = pxp.attribute(model, (x, y), units, pxp.LRP())
+    assert same()
+    pxp.pruning_curve(model, scores, (x, y), rates=(0, 0.5))
+    pxp.cost(model, x[:1])
+    assert pxp.accuracy(model, (x, y)) <= 1 and same()
+    with torch.inference_mode():
+        pxp.accuracy(model, (x, y))
+    assert same()
+    pxp.compact(model, scores.select(0.5), example=x[:1])
+    assert same()
+    tuned = pxp.finetune(model, (x, y), epochs=1, batch_size=3)
+    assert not tuned.training and same()
