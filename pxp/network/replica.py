@@ -22,6 +22,7 @@ from .attention import make_explicit
 from .bake import bake
 from .gated import show_hidden
 from .layers import is_activation
+from .outputs import tensors
 
 
 def replica(model: nn.Module) -> nn.Module:
@@ -39,11 +40,13 @@ def replica(model: nn.Module) -> nn.Module:
         time it is computed.
     """
     check_openable(model)
-    memo: dict[int, object] = {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): _shared(b) for b in model.buffers()}
+    memo: dict[int, object] = {}
     for module in model.modules():
         # tensors that the model or a hook keeps of an earlier pass cannot be copied otherwise
-        memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
+        own = [value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")]
+        memo |= {id(value): value.detach() for value in tensors(own)}
+    memo |= {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): _shared(b) for b in model.buffers()}
     try:
         twin = copy.deepcopy(model, memo).eval()
     except (RuntimeError, TypeError) as error:
