@@ -197,7 +197,7 @@ class Described(Attention):
         if gate is not None:
             gate = gate(x).sigmoid()
             gate = gate if self.rule is None else gate.detach()  # as passes.Constant
-        size = given.pop(form.size or "", None)
+        size = given.pop(form.size or "", x.shape[1:-1])
         norm = self._part(form.pre)
         x = x if norm is None else norm(x)
         x, window_mask, restore = (x, None, None) if form.windows is None else form.windows(self, x, size)

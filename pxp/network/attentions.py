@@ -6,20 +6,16 @@ One :class:`Form` per class; :mod:`pxp.network.attention` does the rest. A class
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from . import places
 from .layers import qualified
-
-Restore = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,10 @@ class Form:
         (module, input) → what queries are computed from, likewise.
     pool : callable or None
         (module, queries) → fewer queries.
+    extend : callable or None
+        (module, queries, keys, size) → both, with more channels, whose product over their √d are the logits.
     size : str or None
-        Which of ``takes`` is the height and width of the image that the tokens are.
+        Which of ``takes`` is the height and width of the image that the tokens are; None: the input has that shape.
     kv : str or None
         One projection for keys and values, beside ``q``.
     order : str
@@ -106,10 +104,11 @@ class Form:
     logit_scale: str | None = None
     position: Callable[[Any], Tensor | None] | None = None
     fused_bias: Callable[[Any], Tensor | None] | None = None
-    windows: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor | None, Restore]] | None = None
+    windows: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor | None, places.Restore]] | None = None
     context: Callable[[Any, Tensor, Any], Tensor] | None = None
     asks: Callable[[Any, Tensor], Tensor] | None = None
     pool: Callable[[Any, Tensor], Tensor] | None = None
+    extend: Callable[[Any, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
     size: str | None = None
     kv: str | None = None
     order: str = "qkv"
@@ -150,174 +149,29 @@ def _bias_without_keys(attention: Any) -> Tensor | None:
     return torch.cat([q, torch.zeros_like(k), v])
 
 
-def _by_place(table: Tensor, attention: Any) -> Tensor:
-    """A table (distances, heads) as (1, heads, tokens, tokens)."""
-    index = attention.relative_position_index
-    tokens = math.isqrt(index.numel())
-    return table[index.flatten()].unflatten(0, (tokens, tokens)).permute(2, 0, 1)[None]
-
-
-def _position(attention: Any) -> Tensor | None:
-    """The relative position bias of Swin, MaxViT and BEiT."""
-    table = attention.relative_position_bias_table
-    return None if table is None else _by_place(table, attention)
-
-
-def _continuous_position(attention: Any) -> Tensor:
-    """Swin v2's relative position bias, from a small MLP of the coordinates.
-
-    Its layers see no signal but constants, so they are not called: they would count as layers of the network.
-    """
-    first, _, second = attention.cpb_mlp
-    hidden = F.relu(F.linear(attention.relative_coords_table, first.weight, first.bias))
-    return 16 * _by_place(F.linear(hidden, second.weight).flatten(0, -2), attention).sigmoid()
-
-
-def _tiles(image: Tensor, rows: int, columns: int) -> tuple[Callable[[Tensor], Tensor], Restore]:
-    """Into windows of that many rows and columns, and back."""
-    down, right = image.shape[1] // rows, image.shape[2] // columns
-
-    def part(image: Tensor) -> Tensor:
-        windows = image.unflatten(2, (right, columns)).unflatten(1, (down, rows)).transpose(2, 3)
-        return windows.flatten(3, 4).flatten(0, 2)
-
-    def restore(windows: Tensor) -> Tensor:
-        tiles = windows.unflatten(0, (-1, down, right)).unflatten(3, (rows, columns))
-        return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    return part, restore
-
-
-def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Windows cover (N, height, width, channels)."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % columns, 0, -x.shape[1] % rows))
-
-
-def _groups(attention: Any, x: Tensor, size: Any) -> tuple[Tensor, None, Restore]:
-    """The windows of Twins."""
-    height, width = size
-    image = _padded(x.unflatten(1, (height, width)), attention.ws, attention.ws)
-    part, restore = _tiles(image, attention.ws, attention.ws)
-    return part(image), None, lambda made: restore(made)[:, :height, :width].flatten(1, 2)
-
-
-def _reduced(attention: Any, x: Tensor, size: Any) -> Tensor:
-    """Fewer tokens, of which PVT and Twins compute keys and values."""
-    pool, reduce, act = (getattr(attention, name, None) for name in ("pool", "sr", "act"))
-    if reduce is None:
-        return x
-    image = x.transpose(1, 2).unflatten(2, tuple(size))
-    image = reduce(image if pool is None else pool(image))
-    x = attention.norm(image.flatten(2).transpose(1, 2))
-    return x if act is None else act(x)
-
-
-def _shifted_windows(attention: Any, x: Tensor, size: None) -> tuple[Tensor, Tensor | None, Restore]:
-    """torchvision's (N, height, width, channels) in windows, padded and shifted as its function does."""
-    _, height, width, _ = x.shape
-    rows, columns = attention.window_size
-    x = _padded(x, rows, columns)
-    full = x.shape[1:3]
-    # a window as large as the image needs no shift
-    down, right = (
-        0 if window >= side else shift
-        for window, side, shift in zip(attention.window_size, full, attention.shift_size, strict=True)
-    )
-    part, together = _tiles(x, rows, columns)
-
-    def restore(windows: Tensor) -> Tensor:
-        return together(windows).roll((down, right), (1, 2))[:, :height, :width]
-
-    if not down and not right:
-        return part(x), None, restore
-    # what a shift brings together from opposite edges does not see each other
-    regions = torch.zeros(1, *full, 1, device=x.device)
-    steps = [
-        (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-        for window, shift in ((rows, down), (columns, right))
-    ]
-    for number, (vertical, horizontal) in enumerate(itertools.product(*steps)):
-        regions[:, vertical, horizontal] = number
-    region = part(regions)[..., 0]
-    apart = region[:, None, :] != region[:, :, None]
-    return part(x.roll((-down, -right), (1, 2))), -100 * apart.to(x.dtype), restore
-
-
-def _units(attention: Any, x: Tensor, size: None) -> tuple[Tensor, None, Restore]:
-    """The mask units of Hiera, whose tokens lie one unit apart from another."""
-    number = x.shape[1] // (attention.q_stride * attention.window_size) if attention.use_mask_unit_attn else 1
-    units = x.unflatten(1, (-1, number)).transpose(1, 2).flatten(0, 1)
-    return units, None, lambda made: made.unflatten(0, (-1, number)).transpose(1, 2).flatten(1, 2)
-
-
-def _strongest(attention: Any, q: Tensor) -> Tensor:
-    """Hiera's queries are the largest of several, channel by channel."""
-    return q.unflatten(2, (attention.q_stride, -1)).amax(2) if attention.q_stride > 1 else q
-
-
-def _flat(attention: Any, x: Tensor, size: None) -> tuple[Tensor, None, Restore]:
-    """Tokens that lie as in an image, (N, …, channels)."""
-    shape = x.shape[1:-1]
-    return x.flatten(1, -2), None, lambda made: made.unflatten(1, shape)
-
-
-def _distances(attention: Any) -> Tensor:
-    """The attention biases of LeViT and what came from it."""
-    return attention.attention_biases[:, attention.attention_bias_idxs][None]
-
-
-def _relative(attention: Any) -> Tensor | None:
-    """What timm's modules of relative positions give, MLPs as in :func:`_continuous_position`."""
-    own = attention.rel_pos
-    if own is None:
-        return None
-    if not hasattr(own, "mlp"):
-        table = own.relative_position_bias_table
-        return own.get_bias() if table.ndim == 3 else _by_place(table, own)
-    first, last = own.mlp.fc1, own.mlp.fc2
-    hidden = F.relu(F.linear(own.rel_coords_log, first.weight, first.bias))
-    bias = _by_place(F.linear(hidden, last.weight, last.bias).flatten(0, -2), own)
-    bias = bias if own.bias_gain is None else own.bias_gain * bias.sigmoid()
-    return F.pad(bias, (own.prefix_tokens, 0, own.prefix_tokens, 0))
-
-
-def _relative_parts(attention: Any) -> tuple[tuple[str, int], ...]:
-    own = attention.rel_pos
-    if own is None:
-        return ()
-    if hasattr(own, "mlp"):
-        return (("rel_pos.mlp.fc2", 0),)
-    return (("rel_pos.relative_position_bias_table", 0 if own.relative_position_bias_table.ndim == 3 else 1),)
-
-
-def _grid(attention: Any, x: Tensor, size: None) -> tuple[Tensor, None, Restore]:
-    """torchvision's MaxViT gives (N, windows, tokens, channels)."""
-    windows = x.shape[1]
-    return x.flatten(0, 1), None, lambda made: made.unflatten(0, (-1, windows))
-
-
 _VIT = Form(takes=("attn_mask", "is_causal"), q_norm="q_norm", k_norm="k_norm", norm="norm", gate="gate")
 _ROPE = replace(_VIT, takes=("rope", "attn_mask", "is_causal"))
-_TABLE: dict[str, Any] = {"position": _position, "per_head": (("relative_position_bias_table", 1),)}
+_TABLE: dict[str, Any] = {"position": places.table_of_distances, "per_head": (("relative_position_bias_table", 1),)}
 _SWIN = Form(takes=("mask",), **_TABLE)
 _TORCHVISION = Form(
-    windows=_shifted_windows, calls=False, drop="dropout", attn_drop="attention_dropout", **_TABLE
+    windows=places.shifted_windows, calls=False, drop="dropout", attn_drop="attention_dropout", **_TABLE
 )  # fmt: skip
 _COSINE: dict[str, Any] = {
-    "position": _continuous_position, "logit_scale": "logit_scale", "per_head": (("logit_scale", 0), ("cpb_mlp.2", 0)),
+    "position": places.continuous_distances, "logit_scale": "logit_scale",
+    "per_head": (("logit_scale", 0), ("cpb_mlp.2", 0)),
 }  # fmt: skip
 _HUGGING_FACE = Form(
     qkv=None, proj="o_proj", heads="num_attention_heads", takes=("attention_mask",), scale="scaling", drop=None,
     attn_drop="attention_dropout", pair=True,
 )  # fmt: skip
 
-_REDUCED = Form(qkv=None, q="q", kv="kv", context=_reduced)
+_REDUCED = Form(qkv=None, q="q", kv="kv", context=places.reduced)
 _BIASES: dict[str, Any] = {
-    "by_head": True, "key_dim": "key_dim", "scale": "scale", "drop": None, "position": _distances,
+    "by_head": True, "key_dim": "key_dim", "scale": "scale", "drop": None, "position": places.biases,
     "per_head": (("attention_biases", 0),),
 }  # fmt: skip
 _LEVIT = Form(proj="proj.ln.linear", act="proj.act", whole="proj.ln", image="use_conv", **_BIASES)
-_COAT = Form(by_head="head_first", position=_relative, per_head=_relative_parts)
+_COAT = Form(by_head="head_first", position=places.relative, per_head=places.relative_parts)
 
 _KNOWN: dict[type | str, Form] = {
     "timm.layers.attention.Attention": _VIT,
@@ -335,14 +189,14 @@ _KNOWN: dict[type | str, Form] = {
         _TORCHVISION, fused_bias=_bias_without_keys, **_COSINE
     ),
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": Form(
-        qkv="to_qkv", proj="merge", heads="n_heads", scale="scale_factor", windows=_grid,
+        qkv="to_qkv", proj="merge", heads="n_heads", scale="scale_factor", windows=places.grid,
         drop=None, **_TABLE,
     ),
     "timm.models.davit.WindowAttention": Form(drop=None),
     "timm.models.davit.ChannelAttention": Form(order="vqk", channels=True, scale="scale", drop=None),
     # with its dynamic scale alone; another one would be found to differ
     "timm.models.davit.ChannelAttentionV2": Form(heads="groups", channels=True, drop=None),
-    "timm.models.twins.LocallyGroupedAttn": Form(windows=_groups, takes=("size",), size="size"),
+    "timm.models.twins.LocallyGroupedAttn": Form(windows=places.groups, takes=("size",), size="size"),
     "timm.models.twins.GlobalSubSampleAttn": replace(_REDUCED, takes=("size",), size="size"),
     "timm.models.pvt_v2.Attention": replace(_REDUCED, takes=("feat_size",), size="feat_size"),
     "timm.models.tiny_vit.Attention": Form(pre="norm", **_BIASES),
@@ -351,11 +205,16 @@ _KNOWN: dict[type | str, Form] = {
     "timm.models.levit.AttentionDownsample": replace(_LEVIT, qkv=None, q="q", kv="kv"),
     "timm.models.visformer.Attention": Form(image=True),
     "timm.models.maxxvit.Attention2d": replace(_COAT, image=True),
-    "timm.models.maxxvit.AttentionCl": replace(_COAT, windows=_flat),
+    "timm.models.maxxvit.AttentionCl": replace(_COAT, windows=places.flat),
     "timm.models.crossvit.CrossAttention": Form(
         qkv=None, q="wq", k="wk", v="wv", asks=lambda m, x: x[:, :1], scale="scale"
     ),
-    "timm.models.hiera.MaskUnitAttention": Form(heads="heads", windows=_units, pool=_strongest, drop=None),
+    "timm.models.hiera.MaskUnitAttention": Form(
+        heads="heads", windows=places.mask_units, pool=places.strongest, drop=None
+    ),
+    "timm.models.vision_transformer_sam.Attention": Form(
+        q_norm="q_norm", k_norm="k_norm", windows=places.flat, extend=places.decomposed
+    ),
     "timm.layers.attention2d.MultiQueryAttention2d": Form(
         qkv=None, q="query", k="key", v="value", proj="output.proj", whole="output", key_dim="key_dim", image=True,
         takes=("attn_mask",), drop=None,
@@ -371,8 +230,8 @@ _KNOWN: dict[type | str, Form] = {
 
 SUPPORTED = (
     "torch.nn.MultiheadAttention, the attentions of torchvision's Swin and MaxViT, of timm's ViT, EVA, BEiT, Swin, "
-    "MetaFormer, DaViT, Twins, PVT v2, TinyViT, LeViT, EfficientFormer, Visformer, CoAtNet, MaxViT, CrossViT, Hiera and "
-    "MobileNetV4, of Hugging Face's ViT, DeiT and DINOv2, and those given to pxp.register_attention"
+    "MetaFormer, DaViT, Twins, PVT v2, TinyViT, LeViT, EfficientFormer, Visformer, CoAtNet, MaxViT, CrossViT, Hiera, "
+    "SAM and MobileNetV4, of Hugging Face's ViT, DeiT and DINOv2, and those given to pxp.register_attention"
 )
 
 

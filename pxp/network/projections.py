@@ -110,6 +110,8 @@ def projected(attention: Any, x: Tensor, rope: Tensor | None, size: Any) -> tupl
         q, k = _direction(attention, q) * (scale * root), _direction(attention, k)
     elif form.scale is not None:
         q = q * (getattr(attention, form.scale) * root)
+    if form.extend is not None:
+        q, k = form.extend(attention, q, k, size)
     return q, k, v, shape
 
 

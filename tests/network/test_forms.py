@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import timm
 import torch
-from conftest import MODES, drawn, only, relative
+from conftest import MODES, only, relative
 from oracle import scaled, straight
 from test_attentions import without_columns
 from timm.layers import RelPosBias, RelPosMlp
 from timm.layers.attention2d import Attention2d as PlainAttention2d
 from timm.layers.attention2d import MultiQueryAttention2d
 from timm.layers.pos_embed_rel import RelPosBiasTf
-from timm.models import crossvit, davit, efficientformer, hiera, levit, maxxvit, pvt_v2, tiny_vit, twins, visformer
+from timm.models import (
+    crossvit,
+    davit,
+    efficientformer,
+    hiera,
+    levit,
+    maxxvit,
+    pvt_v2,
+    tiny_vit,
+    twins,
+    visformer,
+    vision_transformer_sam,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vits import lively
@@ -90,6 +99,13 @@ MADE = {
     "Hiera": lambda: Within(hiera.MaskUnitAttention(6, 12, HEADS), width=12),
     "Hiera, units": lambda: Within(hiera.MaskUnitAttention(6, 12, HEADS, 2, 3, True), width=12),
     "Hiera, fewer queries": lambda: Within(hiera.MaskUnitAttention(6, 12, HEADS, 4), width=12),
+    "SAM": lambda: Within(
+        vision_transformer_sam.Attention(6, HEADS, qk_norm=True, use_rel_pos=True, input_size=SIZE), "last"
+    ),
+    "SAM, of another size": lambda: Within(
+        vision_transformer_sam.Attention(6, HEADS, use_rel_pos=True, input_size=(3, 5)), "last"
+    ),
+    "SAM, without positions": lambda: Within(vision_transformer_sam.Attention(6, HEADS), "last"),
     "one key for all heads": lambda: Within(MultiQueryAttention2d(6, 8, HEADS, 4, 5, use_bias=True), "image", width=8),
     "one key, fewer": lambda: Within(MultiQueryAttention2d(6, 6, HEADS, 4, 5, query_strides=2, kv_stride=2), "image"),
     "MobileNetV4": lambda: Within(PlainAttention2d(6, num_heads=HEADS, head_first=True), "image"),
@@ -100,6 +116,186 @@ def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = lively(MADE[name]())
     return model, torch.randn(2, HIGH * WIDE, 6, dtype=torch.float64), torch.tensor([0, 2])
+
+
+def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    std = (x.var(-1, correction=0, keepdim=True) + layer.eps).sqrt().detach()
+    return (x - x.mean(-1, keepdim=True)) / std * layer.weight + layer.bias
+
+
+def affine(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer or 1×1 convolution of tokens, with the BatchNorm behind it."""
+    if hasattr(layer, "bn"):
+        factor = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
+        return (affine(layer.linear, x) - layer.bn.running_mean) * factor + layer.bn.bias
+    made = torch.einsum("ntc,dc->ntd", x, layer.weight.flatten(1))
+    return made if layer.bias is None else made + layer.bias
+
+
+def factors(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """AttnLRP's, of (N, tokens, heads, channels)."""
+    return [scaled(q, 0.25), scaled(k, 0.25), scaled(v, 0.5)]
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, added: Tensor | float = 0.0, scale: float | None = None) -> Tensor:
+    q, k, v = factors(q, k, v)
+    logits = torch.einsum("nqhc,nkhc->nhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale) + added
+    return torch.einsum("nhqk,nkhc->nqhc", logits.softmax(-1), v).flatten(2)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, -1))
+
+
+def pixels() -> list[tuple[int, int]]:
+    return [(r, c) for r in range(HIGH) for c in range(WIDE)]
+
+
+def by_distance(a: nn.Module, step: int = 1) -> Tensor:
+    """(heads, queries, keys) of biases that are numbered in the order in which their distances occur."""
+    seen = {}
+    asked = [(r, c) for r, c in pixels() if r % step == 0 and c % step == 0]
+    for r, c in pixels():
+        for s, d in pixels():
+            seen.setdefault((abs(r - s), abs(c - d)), len(seen))
+    number = seen if isinstance(a, tiny_vit.Attention) else {(r, c): r * WIDE + c for r, c in seen}
+    columns = [[number[abs(r - s), abs(c - d)] for s, d in pixels()] for r, c in asked]
+    return torch.stack([torch.stack([a.attention_biases[:, i] for i in row], -1) for row in columns], 1)
+
+
+def split_by_head(a: nn.Module, made: Tensor) -> tuple[Tensor, ...]:
+    """Head after head, its queries, keys and values."""
+    wide = heads(made)
+    return wide[..., : a.key_dim], wide[..., a.key_dim : 2 * a.key_dim], wide[..., 2 * a.key_dim :]
+
+
+def fewer_keys(a: nn.Module, x: Tensor) -> Tensor:
+    y = torch.stack(
+        [
+            torch.einsum("nijc,dcij->nd", x.unflatten(1, SIZE)[:, r : r + 2, c : c + 2], a.sr.weight)
+            for r in range(0, HIGH, 2)
+            for c in range(0, WIDE, 2)
+        ],
+        1,
+    )
+    k, v = affine(a.kv, norm(a.norm, y + a.sr.bias)).chunk(2, -1)
+    return affine(a.proj, mix(heads(affine(a.q, x)), heads(k), heads(v)))
+
+
+def pooled_keys(a: nn.Module, x: Tensor) -> Tensor:
+    y = x.unflatten(1, SIZE)
+    y = torch.stack([y[:, r : r + 2, c : c + 3].mean((1, 2)) for r in (0, 2) for c in (0, 3)], 1)
+    k, v = affine(a.kv, straight(F.gelu, norm(a.norm, affine(a.sr, y)))).chunk(2, -1)
+    return affine(a.proj, mix(heads(affine(a.q, x)), heads(k), heads(v)))
+
+
+def windows(a: nn.Module, x: Tensor) -> Tensor:
+    """Rows 0 to 3; columns 0 to 3, then 4 and 5 with zeros behind."""
+    image, out = F.pad(x.unflatten(1, SIZE), (0, 0, 0, 2)), []
+    for start in (0, 4):
+        q, k, v = (heads(part) for part in affine(a.qkv, image[:, :, start : start + 4].flatten(1, 2)).chunk(3, -1))
+        out.append(affine(a.proj, mix(q, k, v)).unflatten(1, (4, 4)))
+    return torch.cat(out, 2)[:, :, :WIDE].flatten(1, 2)
+
+
+def channels(a: nn.Module, x: Tensor) -> Tensor:
+    """Channel i's weights are the softmax of its keys' products with the values; queries are what is mixed."""
+    q, k, v = (heads(part) for part in affine(a.qkv, x).chunk(3, -1))
+    if hasattr(a, "dynamic_scale"):
+        k, v, q, scale = q, k, v, x.shape[1] ** -0.5
+    else:
+        scale = q.shape[-1] ** -0.5
+    k, v, q = factors(k, v, q)
+    weights = (torch.einsum("nthi,nthj->nhij", k, v) * scale).softmax(-1)
+    return affine(a.proj, torch.einsum("nhij,nthj->nthi", weights, q).flatten(2))
+
+
+def with_biases(a: nn.Module, x: Tensor) -> Tensor:
+    y = norm(a.norm, x) if isinstance(a, tiny_vit.Attention) else x
+    mixed = mix(*split_by_head(a, affine(a.qkv, y)), by_distance(a))
+    if isinstance(a, levit.Attention):
+        return affine(a.proj.ln, straight(F.hardswish, mixed))
+    return affine(a.proj, mixed)
+
+
+def fewer_queries(a: nn.Module, x: Tensor) -> Tensor:
+    q = heads(affine(a.q.ln, x.unflatten(1, SIZE)[:, ::2, ::2].flatten(1, 2)))
+    kv = heads(affine(a.kv, x))
+    mixed = mix(q, kv[..., : a.key_dim], kv[..., a.key_dim :], by_distance(a, 2))
+    return affine(a.proj.ln, straight(F.hardswish, mixed))
+
+
+def first_asks(a: nn.Module, x: Tensor) -> Tensor:
+    return affine(a.proj, mix(heads(affine(a.wq, x[:, :1])), heads(affine(a.wk, x)), heads(affine(a.wv, x))))
+
+
+def largest_queries(a: nn.Module, x: Tensor) -> Tensor:
+    q, k, v = (heads(part) for part in affine(a.qkv, x).chunk(3, -1))
+    q = q.unflatten(1, (4, 6))
+    which = q.argmax(1, keepdim=True)
+    return affine(a.proj, mix(q.gather(1, which)[:, 0], k, v))
+
+
+def one_key(a: nn.Module, x: Tensor) -> Tensor:
+    k, v = (affine(part.proj, x)[:, :, None].expand(-1, -1, HEADS, -1) for part in (a.key, a.value))
+    return affine(a.output.proj, mix(heads(affine(a.query.proj, x)), k, v))
+
+
+def of_an_image(a: nn.Module, x: Tensor) -> Tensor:
+    q, k, v = (heads(part) for part in affine(a.qkv, x).chunk(3, -1))
+    return affine(a.proj, mix(q, k, v))
+
+
+def head_by_head(a: nn.Module, x: Tensor) -> Tensor:
+    """With a bias from a small network of logarithmic distances, or from a table of them."""
+    added = torch.zeros(HEADS, HIGH * WIDE, HIGH * WIDE, dtype=torch.float64)
+    for i, (r, c) in enumerate(pixels()):
+        for j, (s, d) in enumerate(pixels()):
+            if hasattr(a.rel_pos, "mlp"):
+                added[:, i, j] = a.rel_pos.mlp(a.rel_pos.rel_coords_log[r - s + HIGH - 1, c - d + WIDE - 1])
+            else:
+                entry = (r - s + HIGH - 1) * (2 * WIDE - 1) + c - d + WIDE - 1
+                added[:, i, j] = a.rel_pos.relative_position_bias_table[entry]
+    q, k, v = heads(affine(a.qkv, x)).chunk(3, -1)
+    return affine(a.proj, mix(q, k, v, added.detach()))
+
+
+def decomposed(a: nn.Module, x: Tensor) -> Tensor:
+    """A query's product with a vector of the distance: a layer, all of whose relevance is the query's."""
+    q, k, v = (heads(part) for part in affine(a.qkv, x).chunk(3, -1))
+    q, k = norm(a.q_norm, q), norm(a.k_norm, k)
+    asked = scaled(q, 0.5)
+    added = torch.stack(
+        [
+            torch.stack(
+                [asked[:, i] @ (a.rel_pos_h[r - s + HIGH - 1] + a.rel_pos_w[c - d + WIDE - 1]) for s, d in pixels()],
+                -1,
+            )
+            for i, (r, c) in enumerate(pixels())
+        ],
+        -2,
+    )
+    return affine(a.proj, mix(q, k, v, added))
+
+
+BY_HAND = {
+    "DaViT, channels": channels, "DaViT v2, channels": channels, "Twins, windows": windows, "Twins": fewer_keys,
+    "PVT v2": fewer_keys, "PVT v2, pooled": pooled_keys, "TinyViT": with_biases, "EfficientFormer": with_biases,
+    "LeViT": with_biases, "LeViT, images": with_biases, "LeViT, fewer queries": fewer_queries,
+    "Visformer": of_an_image, "CoAtNet": head_by_head, "MaxViT": head_by_head, "CrossViT": first_asks,
+    "Hiera, fewer queries": largest_queries, "SAM": decomposed, "one key for all heads": one_key,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_relevance_is_that_of_the_attention_written_out(name):
+    model, x, targets = made(name)
+    point = x.clone().requires_grad_()
+    logits = model.out(BY_HAND[name](model.inner, model.inp(point)).mean(1))
+    assert relative(logits.detach(), model(x).detach()) < 1e-12
+    (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), point)
+    found = pxp.heatmap(model, x, targets, pxp.LRP(pxp.Epsilon(1e-14)))
+    assert relative(found, (point * gradient).detach()) < 1e-8
 
 
 @pytest.mark.parametrize("name", MADE)
