@@ -115,7 +115,8 @@ MADE = {
 def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = lively(MADE[name]())
-    return model, torch.randn(2, HIGH * WIDE, 6, dtype=torch.float64), torch.tensor([0, 2])
+    # small enough for a softmax that is neither 0 nor 1
+    return model, 0.3 * torch.randn(2, HIGH * WIDE, 6, dtype=torch.float64), torch.tensor([0, 2])
 
 
 def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -336,3 +337,30 @@ def test_heads_are_masked_and_taken_out(name, untouched):
             with pxp.masked(model, mask):
                 own = pxp.attribute(model, (x, targets), units, pxp.LRP(pxp.Epsilon(1e-12)))
             assert relative(next(iter(found.values())), own["inner"][mask["inner"]]) < 1e-9
+
+
+def test_another_scale_is_refused():
+    torch.manual_seed(0)
+    model = lively(Within(davit.ChannelAttentionV2(6, HEADS, dynamic_scale=False)))
+    x = 0.3 * torch.randn(2, HIGH * WIDE, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"copy of it computes something else, first at 'inner.proj'"):
+        pxp.heatmap(model, x, torch.tensor([0, 1]), pxp.LRP())
+
+
+def test_costs_of_fewer_keys_and_of_one_key_by_hand():
+    model, x, _ = made("PVT v2")
+    head = next(iter(pxp.find_components(model, "head", example=x).values()))
+    queries, keys, width, channels = HIGH * WIDE, HIGH * WIDE // 4, 6, 2
+    assert head.parameters == 4 * channels * width + 3 * channels
+    products = 2 * 2 * queries * keys * channels
+    assert head.flops == 2 * 2 * channels * width * (queries + keys) + products
+    model, x, _ = made("one key for all heads")
+    head = next(iter(pxp.find_components(model, "head", example=x).values()))
+    assert head.parameters == 4 * 6 + 4 + 5 * 8  # the key and the values stay
+    assert head.flops == 2 * queries * (4 * 6 + 5 * 8) + 2 * queries * queries * (4 + 5)
+
+
+def test_filters_of_projections_are_no_components():
+    model, x, _ = made("Visformer")
+    with pytest.raises(ValueError, match="no components of kind 'filter'"):
+        pxp.find_components(model, "filter", example=x)
