@@ -61,6 +61,8 @@ def load_tensors(path: str | Path, what: str) -> tuple[Components, dict[str, dic
             tuple(found.get("gates", ())),
             found.get("followed", False),
             tuple(found.get("elsewhere", ())),
+            found.get("samples", {}),
+            found.get("products", {}),
         )
         layers = [Layer(**{**entry, "site": tuple(entry["site"])}) for entry in header["layers"]]
         kind, extra = header["kind"], header["extra"]

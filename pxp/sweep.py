@@ -235,8 +235,8 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
     for name, kept in mask.items():
         layer, sites = modules[name], mask.units[name].site
         if isinstance(layer, Attention):
-            weight = without_heads(layer.output.weight, kept)
-            layer.output.weight = nn.Parameter(weight, requires_grad=False)
+            weight = without_heads(layer.projection.weight, kept)
+            layer.projection.weight = nn.Parameter(weight, requires_grad=False)
         elif plain(layer) and (sites == (name,) or all(isinstance(modules[site], IDENTITY) for site in sites)):
             keep = kept.to(layer.weight.device)
             layer.weight = nn.Parameter(layer.weight * for_weight(layer, keep), requires_grad=False)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..network.attention import Attention, part_of
+from ..network.attention import Attention
 from ..network.gated import incoming, last_layer
 from ..network.layers import CONVOLUTIONS, is_elementwise
+from ..network.projections import layer_of, norms_of, part_of, rows, rows_of_each, sources
 
 
 def is_ordinary(module: nn.Module) -> bool:
@@ -87,22 +88,36 @@ def with_part(module: nn.Module, name: str, part: nn.Module | Tensor) -> Any:
 def fewer_heads(attention: Attention, kept: Tensor) -> Attention:
     """An attention with only some of its heads."""
     form, made = attention.form, attention
-    kept = kept.to(attention.output.weight.device)
-    rows = kept.repeat_interleave(attention.head_dim)
-    for name, index in ((form.qkv, rows.repeat(3)), *((name, rows) for name in (form.q, form.k, form.v, form.gate))):
-        part = part_of(attention, name)
-        if name is not None and isinstance(part, nn.Linear):
-            made = with_part(made, name, cut_layer(part, part.weight[index], entries(part.bias, index)))
-    made = with_part(
-        made, form.proj, cut_layer(attention.output, attention.output.weight[:, rows], attention.output.bias)
-    )
-    for name, dim in form.per_head:
+    kept = kept.to(attention.projection.weight.device)
+    read = kept.repeat_interleave(attention.head_dim)
+    for name, letters in sources(attention):
+        index = rows_of_each(attention, name, letters).to(kept.device)[kept].unique()  # in their order
+        made = _fewer_outputs(made, attention, name, index)
+    if form.gate is not None and part_of(attention, form.gate) is not None:
+        made = _fewer_outputs(made, attention, form.gate, read.nonzero().flatten())
+    projection = cut_layer(attention.projection, attention.projection.weight[:, read], attention.projection.bias)
+    made = with_part(made, form.proj, projection)
+    for name, dim in form.per_head(attention) if callable(form.per_head) else form.per_head:
         part = attrgetter(name)(attention)
         if isinstance(part, nn.Linear):
             made = with_part(made, name, cut_layer(part, part.weight[kept], entries(part.bias, kept)))
         elif part is not None:
             made = with_part(made, name, part.index_select(dim, kept.nonzero().flatten()))
     made.num_heads = int(kept.sum())
+    return made
+
+
+def _fewer_outputs(made: Any, attention: Attention, name: str, index: Tensor) -> Any:
+    """With some outputs of a projection, and of the norms behind its layer."""
+    own = layer_of(attention, name)
+    layer = part_of(attention, own)
+    made = with_part(made, own, cut_layer(layer, layer.weight[index], entries(layer.bias, index)))
+    for own in norms_of(attention, name):
+        norm = copy.copy(part_of(attention, own))
+        norm.num_features = len(index)
+        norm._parameters = {n: p if p is None else nn.Parameter(p[index]) for n, p in norm._parameters.items()}
+        norm._buffers = {n: b if b is None or not b.ndim else b[index] for n, b in norm._buffers.items()}
+        made = with_part(made, own, norm)
     return made
 
 
@@ -131,7 +146,7 @@ def check_heads(name: str, attention: Attention, node: fx.Node) -> None:
     form, heads = attention.form, attention.num_heads
     given = {**dict(zip(form.takes, node.args[1:], strict=False)), **node.kwargs}
     reason = ""
-    if getattr(attention, "_groups", 1) > 1:
+    if 1 < len(rows(attention, *sources(attention)[-1])) < heads:
         reason = "its heads share keys and values"
     elif not isinstance(part_of(attention, form.norm), nn.Identity | None):
         reason = "it normalises over all of its heads"

@@ -595,11 +595,10 @@ class Compactor:
         check_heads(name, module, node)
         if not bool(kept.any()):
             shape = _shape(next(iter(node.users)) if pair else node)
-            bias = module.output.bias
-            rest = module.output.weight.new_zeros(shape[-1][0]) if bias is None else bias.detach().clone()
+            rest = module.nothing().detach()
             nothing = torch.zeros(0, dtype=torch.long, device=rest.device)
-            zero = torch.full(rest.shape, bias is None, device=rest.device)
-            flow = _Flow(None, len(shape) - 1, nothing, rest, zero, shape)
+            zero = torch.full(rest.shape, module.projection.bias is None and not module.form.whole, device=rest.device)
+            flow = _Flow(None, 1 if module.is_image else len(shape) - 1, nothing, rest, zero, shape)
             return (flow, None) if pair else flow
         self.modules[name] = fewer_heads(module, kept)
         return self._whole(node, arguments, options)

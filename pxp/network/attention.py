@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .attentions import OUTSIDE, Form, form_of, is_known
 from .attentions import SUPPORTED as SUPPORTED
 from .layers import qualified
+from .projections import inputs_of, layer_of, option, part_of, projected, rows_of_each, sources
 
 
 class Rule(Protocol):
@@ -56,35 +57,44 @@ class Attention(nn.Module):
         self.rule: Rule | None = None
 
     @property
-    def output(self) -> nn.Linear:
-        """The output projection."""
+    def projection(self) -> Any:
+        """The output projection, a linear layer or a convolution."""
         raise NotImplementedError
-
-    @property
-    def span(self) -> int | None:
-        """How many tokens each one attends to; None: all of its sample."""
-        return None
 
     def head_weights(self) -> Tensor:
-        """The weights of every head, incoming and outgoing, (heads, weights)."""
-        raise NotImplementedError
+        """The weights of every head, incoming and outgoing, (heads, weights); shared ones count for each."""
+        incoming = [
+            part_of(self, layer_of(self, name)).weight.flatten(1)[rows_of_each(self, name, letters)].flatten(1)
+            for name, letters in sources(self)
+        ]
+        return torch.cat([*incoming, self.projection.weight.transpose(0, 1).reshape(self.num_heads, -1)], dim=1)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it gives (N, channels, height, width)."""
+        return bool(option(self, self.form.image))
+
+    def nothing(self) -> Tensor:
+        """What it gives without any head, for each channel."""
+        width = inputs_of(self.projection)
+        zeros = self.projection.weight.new_zeros((1, width, 1, 1) if self.is_image else (1, 1, width))
+        made = part_of(self, self.form.whole or self.form.proj)(zeros)
+        return made[0, :, 0, 0] if self.is_image else made[0, 0]
 
     def split(self, projected: Tensor) -> Tensor:
         """(N, tokens, heads · channels) → (N, heads, tokens, channels)."""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Mix the values, (N, heads, tokens, channels) each, to (N, tokens, heads · channels)."""
-        if self.rule is None:
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        else:
-            mixed = self.rule.attend(q, k, v, mask, causal)
-        return mixed.transpose(1, 2).flatten(2)
+        """Mix the values, (N, heads, tokens, channels) each."""
+        if self.rule is not None:
+            return self.rule.attend(q, k, v, mask, causal)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
-    def by_head(self, weight: Tensor) -> Tensor:
-        """Rows of a projection's weight or columns of the output projection's, by head: (heads, weights)."""
-        return weight.reshape(self.num_heads, -1)
+    def join(self, mixed: Tensor) -> Tensor:
+        """(N, heads, tokens, channels) → (N, tokens, heads · channels)."""
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class _Torch(Attention):
@@ -112,12 +122,8 @@ class _Torch(Attention):
         self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
 
     @property
-    def output(self) -> nn.Linear:
+    def projection(self) -> nn.Linear:
         return self.out_proj
-
-    def head_weights(self) -> Tensor:
-        incoming = [self.by_head(part.weight) for part in (self.q_proj, self.k_proj, self.v_proj)]
-        return torch.cat([*incoming, self.by_head(self.out_proj.weight.t())], dim=1)
 
     def forward(
         self,
@@ -142,7 +148,7 @@ class _Torch(Attention):
         if padding is not None:
             padding = padding[:, None, None, :]
             mask = padding if mask is None else mask + padding
-        out = self.out_proj(self.heads(self.attend(q, k, v, mask)))
+        out = self.out_proj(self.heads(self.join(self.attend(q, k, v, mask))))
         weights = None
         if need_weights:
             weights = logits(q.detach(), k.detach(), mask, False).softmax(-1)
@@ -161,10 +167,9 @@ class Described(Attention):
         self._modules = {**original._modules, "heads": nn.Identity()}
         self.form = form
         self.num_heads = heads_of(original)
-        self.head_dim = self.output.in_features // self.num_heads
+        self.head_dim = inputs_of(self.projection) // self.num_heads
         self.dropout = _probability(original, form.attn_drop)
         self._dropped = 0.0 if form.drop is None else _probability(original, form.drop)
-        self._groups = getattr(self, form.groups, 1) if form.groups else 1
         if form.fused_bias is not None and self._part("qkv") is not None:
             self._modules["qkv"] = _linear(self._part("qkv").weight, form.fused_bias(self))
             for name in OUTSIDE:
@@ -178,25 +183,8 @@ class Described(Attention):
         return part_of(self, name)
 
     @property
-    def output(self) -> nn.Linear:
+    def projection(self) -> Any:
         return self._part(self.form.proj)
-
-    @property
-    def span(self) -> int | None:
-        return None if self.form.span is None else self.form.span(self)
-
-    def head_weights(self) -> Tensor:
-        fused = self._part(self.form.qkv)
-        if fused is not None:
-            incoming = fused.weight.chunk(3)
-        else:
-            q, k, v = (self._part(name).weight for name in (self.form.q, self.form.k, self.form.v))
-            incoming = q, self._shared(k), self._shared(v)
-        return torch.cat([*map(self.by_head, incoming), self.by_head(self.output.weight.t())], dim=1)
-
-    def _shared(self, weight: Tensor) -> Tensor:
-        """Keys and values that a group of heads shares count for each of them."""
-        return weight.unflatten(0, (-1, self.head_dim)).repeat_interleave(self._groups, 0).flatten(0, 1)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         form = self.form
@@ -209,52 +197,27 @@ class Described(Attention):
         if gate is not None:
             gate = gate(x).sigmoid()
             gate = gate if self.rule is None else gate.detach()  # as passes.Constant
-        x, window_mask, restore = (x, None, None) if form.windows is None else form.windows(self, x)
-        q, k, v = self._projected(x, given.pop("rope", None))
+        size = given.pop(form.size or "", x.shape[1:-1])
+        norm = self._part(form.pre)
+        x = x if norm is None else norm(x)
+        x, window_mask, restore = (x, None, None) if form.windows is None else form.windows(self, x, size)
+        q, k, v, shape = projected(self, x, given.pop("rope", None), size)
         causal = given.pop("is_causal", False)
         masks = [_of_windows(window_mask, len(x)), _of_windows(given.pop("mask", None), len(x)), *given.values()]
         masks += [] if form.position is None else [form.position(self)]
         mixed = self.attend(q, k, v, _together(masks, q), causal)
-        norm = self._part(form.norm)
+        mixed = self.join(mixed.mT if form.channels else mixed)
+        norm, act = self._part(form.norm), self._part(form.act)
         mixed = mixed if norm is None else norm(mixed)
-        out = self.output(self.heads(mixed if gate is None else mixed * gate))
+        mixed = mixed if gate is None else mixed * gate
+        mixed = self.heads(mixed if act is None else act(mixed))
+        if self.is_image:
+            mixed = mixed.transpose(1, 2).unflatten(2, shape)
+        out = self._part(form.whole or form.proj)(mixed)
         drop = self._part(form.drop)
         out = F.dropout(out, self._dropped, self.training) if drop is None else drop(out)
         out = out if restore is None else restore(out)
         return (out, None) if form.pair else out
-
-    def _projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (N, heads, tokens, channels); logits are their products over √d."""
-        form, fused = self.form, self._part(self.form.qkv)
-        if fused is not None:
-            q, k, v = map(self.split, fused(x).chunk(3, dim=-1))
-        else:
-            q, k, v = (self.split(self._part(name)(x)) for name in (form.q, form.k, form.v))
-        q_norm, k_norm = self._part(form.q_norm), self._part(form.k_norm)
-        q, k = q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
-        if rope is not None:
-            q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
-        if self._groups > 1:
-            k, v = k.repeat_interleave(self._groups, dim=1), v.repeat_interleave(self._groups, dim=1)
-        if form.logit_scale is not None:
-            scale = getattr(self, form.logit_scale).clamp(max=math.log(100)).exp()
-            q, k = self._direction(q) * (scale * math.sqrt(self.head_dim)), self._direction(k)
-        elif form.scale is not None:
-            q = q * (getattr(self, form.scale) * math.sqrt(self.head_dim))
-        return q, k, v
-
-    def _direction(self, tokens: Tensor) -> Tensor:
-        """Vectors of length 1; under a rule the division is by a constant, as in a normalisation."""
-        length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        return tokens / (length if self.rule is None else length.detach())
-
-    def _rotate(self, tokens: Tensor, rope: Tensor) -> Tensor:
-        from timm.layers import apply_rot_embed_cat
-
-        count = getattr(self, "num_prefix_tokens", 0)
-        prefix, rest = tokens[:, :, :count], tokens[:, :, count:]
-        rotated = apply_rot_embed_cat(rest, rope, half=getattr(self, "rotate_half", False))
-        return torch.cat([prefix, rotated], dim=2)
 
 
 def _is_supported(module: nn.Module) -> bool:
@@ -417,14 +380,6 @@ def _probability(module: nn.Module, name: str) -> float:
     """Of a dropout, which may be a module or a number."""
     dropout = getattr(module, name, 0.0)
     return float(getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout)
-
-
-def part_of(module: nn.Module, name: str | None) -> Any:
-    """A part by its name, which may have dots; None where there is none."""
-    part: nn.Module | None = None if name is None else module
-    for step in [] if name is None else name.split("."):
-        part = None if part is None else part._modules.get(step)
-    return part
 
 
 def logits(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

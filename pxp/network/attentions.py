@@ -6,20 +6,16 @@ One :class:`Form` per class; :mod:`pxp.network.attention` does the rest. A class
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from . import places
 from .layers import qualified
-
-Restore = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,26 +46,49 @@ class Form:
     fused_bias : callable or None
         The bias of ``qkv`` where it is not the layer's own.
     windows : callable or None
-        (module, input) → windows (N · windows, tokens, channels), their mask or None, and the way back. The windows of
-        one sample follow each other.
-    span : callable or None
-        Module → how many tokens each one attends to; None: all of its sample.
+        (module, input, size) → windows (N · windows, tokens, channels), their mask or None, and the way back. The
+        windows of one sample follow each other.
+    context : callable or None
+        (module, input, size) → what keys and values are computed from, where they are not those of all tokens.
+    asks : callable or None
+        (module, input) → what queries are computed from, likewise.
+    pool : callable or None
+        (module, queries) → fewer queries.
+    extend : callable or None
+        (module, queries, keys, size) → both, with more channels, whose product over their √d are the logits.
+    size : str or None
+        Which of ``takes`` is the height and width of the image that the tokens are; None: the input has that shape.
+    kv : str or None
+        One projection for keys and values, beside ``q``.
+    order : str
+        What the outputs of ``qkv`` are to the softmax.
+    by_head : bool or str
+        The outputs of ``qkv`` and ``kv`` follow each other head by head, or the name of the attribute that tells.
+    key_dim : str or None
+        How many channels the queries and keys of a head have; None: as many as its values.
+    image : bool or str
+        Input, projections and output are images, (N, channels, height, width), or the attribute that tells.
+    channels : bool
+        Channels attend to channels, by all tokens.
+    pre : str or None
+        Norm of the input.
     q_norm, k_norm : str or None
         Norms of each head's queries and keys.
-    norm, gate : str or None
-        Norm over all heads and gate, both in front of the projection.
+    norm, gate, act : str or None
+        Norm over all heads, gate and activation in front of the projection.
+    whole : str or None
+        What is called of which ``proj`` is the linear part.
     drop : str or None
         Dropout behind the projection: a module, or its probability.
     attn_drop : str
         Dropout of the weights, likewise.
-    groups : str or None
-        How many heads share their keys and values.
     pair : bool
         ``forward`` returns (output, weights); the weights are then None.
     calls : bool
         ``forward`` calls its projections as modules; False: it reads their weights.
-    per_head : tuple of (str, int)
-        Other parameters (or linear layers, by their weight) with one entry for each head: name and dimension.
+    per_head : tuple of (str, int), or callable
+        Other parameters (or linear layers, by their weight) with one entry for each head: name and dimension; or what
+        tells them of a module.
     own : bool
         Registered by the user, so it is compared with what the class computes.
     """
@@ -85,18 +104,30 @@ class Form:
     logit_scale: str | None = None
     position: Callable[[Any], Tensor | None] | None = None
     fused_bias: Callable[[Any], Tensor | None] | None = None
-    windows: Callable[[Any, Tensor], tuple[Tensor, Tensor | None, Restore]] | None = None
-    span: Callable[[Any], int] | None = None
+    windows: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor | None, places.Restore]] | None = None
+    context: Callable[[Any, Tensor, Any], Tensor] | None = None
+    asks: Callable[[Any, Tensor], Tensor] | None = None
+    pool: Callable[[Any, Tensor], Tensor] | None = None
+    extend: Callable[[Any, Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None
+    size: str | None = None
+    kv: str | None = None
+    order: str = "qkv"
+    by_head: bool | str = False
+    key_dim: str | None = None
+    image: bool | str = False
+    channels: bool = False
+    pre: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
     norm: str | None = None
     gate: str | None = None
+    act: str | None = None
+    whole: str | None = None
     drop: str | None = "proj_drop"
     attn_drop: str = "attn_drop"
-    groups: str | None = None
     pair: bool = False
     calls: bool = True
-    per_head: tuple[tuple[str, int], ...] = ()
+    per_head: tuple[tuple[str, int], ...] | Callable[[Any], tuple[tuple[str, int], ...]] = ()
     own: bool = False
 
 
@@ -118,89 +149,29 @@ def _bias_without_keys(attention: Any) -> Tensor | None:
     return torch.cat([q, torch.zeros_like(k), v])
 
 
-def _by_place(table: Tensor, attention: Any) -> Tensor:
-    """A table (distances, heads) as (1, heads, tokens, tokens)."""
-    index = attention.relative_position_index
-    tokens = math.isqrt(index.numel())
-    return table[index.flatten()].unflatten(0, (tokens, tokens)).permute(2, 0, 1)[None]
-
-
-def _position(attention: Any) -> Tensor | None:
-    """The relative position bias of Swin, MaxViT and BEiT."""
-    table = attention.relative_position_bias_table
-    return None if table is None else _by_place(table, attention)
-
-
-def _continuous_position(attention: Any) -> Tensor:
-    """Swin v2's relative position bias, from a small MLP of the coordinates.
-
-    Its layers see no signal but constants, so they are not called: they would count as layers of the network.
-    """
-    first, _, second = attention.cpb_mlp
-    hidden = F.relu(F.linear(attention.relative_coords_table, first.weight, first.bias))
-    return 16 * _by_place(F.linear(hidden, second.weight).flatten(0, -2), attention).sigmoid()
-
-
-def _shifted_windows(attention: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Restore]:
-    """torchvision's (N, height, width, channels) in windows, padded and shifted as its function does."""
-    _, height, width, _ = x.shape
-    rows, columns = attention.window_size
-    x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-    full = x.shape[1:3]
-    # a window as large as the image needs no shift
-    down, right = (
-        0 if window >= side else shift
-        for window, side, shift in zip(attention.window_size, full, attention.shift_size, strict=True)
-    )
-
-    def part(image: Tensor) -> Tensor:
-        windows = image.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
-        return windows.flatten(3, 4).flatten(0, 2)
-
-    def restore(windows: Tensor) -> Tensor:
-        image = windows.unflatten(0, (-1, full[0] // rows, full[1] // columns)).unflatten(3, (rows, columns))
-        image = image.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return image.roll((down, right), (1, 2))[:, :height, :width]
-
-    if not down and not right:
-        return part(x), None, restore
-    # what a shift brings together from opposite edges does not see each other
-    regions = torch.zeros(1, *full, 1, device=x.device)
-    steps = [
-        (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-        for window, shift in ((rows, down), (columns, right))
-    ]
-    for number, (vertical, horizontal) in enumerate(itertools.product(*steps)):
-        regions[:, vertical, horizontal] = number
-    region = part(regions)[..., 0]
-    apart = region[:, None, :] != region[:, :, None]
-    return part(x.roll((-down, -right), (1, 2))), -100 * apart.to(x.dtype), restore
-
-
-def _grid(attention: Any, x: Tensor) -> tuple[Tensor, None, Restore]:
-    """torchvision's MaxViT gives (N, windows, tokens, channels)."""
-    windows = x.shape[1]
-    return x.flatten(0, 1), None, lambda made: made.unflatten(0, (-1, windows))
-
-
-def _window(attention: Any) -> int:
-    return math.prod(attention.window_size)
-
-
 _VIT = Form(takes=("attn_mask", "is_causal"), q_norm="q_norm", k_norm="k_norm", norm="norm", gate="gate")
-_ROPE = replace(_VIT, takes=("rope", "attn_mask", "is_causal"), groups="num_kv_groups")
-_TABLE: dict[str, Any] = {"position": _position, "per_head": (("relative_position_bias_table", 1),)}
-_SWIN = Form(takes=("mask",), span=_window, **_TABLE)
+_ROPE = replace(_VIT, takes=("rope", "attn_mask", "is_causal"))
+_TABLE: dict[str, Any] = {"position": places.table_of_distances, "per_head": (("relative_position_bias_table", 1),)}
+_SWIN = Form(takes=("mask",), **_TABLE)
 _TORCHVISION = Form(
-    windows=_shifted_windows, span=_window, calls=False, drop="dropout", attn_drop="attention_dropout", **_TABLE
+    windows=places.shifted_windows, calls=False, drop="dropout", attn_drop="attention_dropout", **_TABLE
 )  # fmt: skip
 _COSINE: dict[str, Any] = {
-    "position": _continuous_position, "logit_scale": "logit_scale", "per_head": (("logit_scale", 0), ("cpb_mlp.2", 0)),
+    "position": places.continuous_distances, "logit_scale": "logit_scale",
+    "per_head": (("logit_scale", 0), ("cpb_mlp.2", 0)),
 }  # fmt: skip
 _HUGGING_FACE = Form(
     qkv=None, proj="o_proj", heads="num_attention_heads", takes=("attention_mask",), scale="scaling", drop=None,
     attn_drop="attention_dropout", pair=True,
 )  # fmt: skip
+
+_REDUCED = Form(qkv=None, q="q", kv="kv", context=places.reduced)
+_BIASES: dict[str, Any] = {
+    "by_head": True, "key_dim": "key_dim", "scale": "scale", "drop": None, "position": places.biases,
+    "per_head": (("attention_biases", 0),),
+}  # fmt: skip
+_LEVIT = Form(proj="proj.ln.linear", act="proj.act", whole="proj.ln", image="use_conv", **_BIASES)
+_COAT = Form(by_head="head_first", position=places.relative, per_head=places.relative_parts)
 
 _KNOWN: dict[type | str, Form] = {
     "timm.layers.attention.Attention": _VIT,
@@ -218,9 +189,37 @@ _KNOWN: dict[type | str, Form] = {
         _TORCHVISION, fused_bias=_bias_without_keys, **_COSINE
     ),
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": Form(
-        qkv="to_qkv", proj="merge", heads="n_heads", scale="scale_factor", windows=_grid,
-        span=lambda m: m.max_seq_len, drop=None, **_TABLE,
+        qkv="to_qkv", proj="merge", heads="n_heads", scale="scale_factor", windows=places.grid,
+        drop=None, **_TABLE,
     ),
+    "timm.models.davit.WindowAttention": Form(drop=None),
+    "timm.models.davit.ChannelAttention": Form(order="vqk", channels=True, scale="scale", drop=None),
+    # with its dynamic scale alone; another one would be found to differ
+    "timm.models.davit.ChannelAttentionV2": Form(heads="groups", channels=True, drop=None),
+    "timm.models.twins.LocallyGroupedAttn": Form(windows=places.groups, takes=("size",), size="size"),
+    "timm.models.twins.GlobalSubSampleAttn": replace(_REDUCED, takes=("size",), size="size"),
+    "timm.models.pvt_v2.Attention": replace(_REDUCED, takes=("feat_size",), size="feat_size"),
+    "timm.models.tiny_vit.Attention": Form(pre="norm", **_BIASES),
+    "timm.models.efficientformer.Attention": Form(**_BIASES),
+    "timm.models.levit.Attention": _LEVIT,
+    "timm.models.levit.AttentionDownsample": replace(_LEVIT, qkv=None, q="q", kv="kv"),
+    "timm.models.visformer.Attention": Form(image=True),
+    "timm.models.maxxvit.Attention2d": replace(_COAT, image=True),
+    "timm.models.maxxvit.AttentionCl": replace(_COAT, windows=places.flat),
+    "timm.models.crossvit.CrossAttention": Form(
+        qkv=None, q="wq", k="wk", v="wv", asks=lambda m, x: x[:, :1], scale="scale"
+    ),
+    "timm.models.hiera.MaskUnitAttention": Form(
+        heads="heads", windows=places.mask_units, pool=places.strongest, drop=None
+    ),
+    "timm.models.vision_transformer_sam.Attention": Form(
+        q_norm="q_norm", k_norm="k_norm", windows=places.flat, extend=places.decomposed
+    ),
+    "timm.layers.attention2d.MultiQueryAttention2d": Form(
+        qkv=None, q="query", k="key", v="value", proj="output.proj", whole="output", key_dim="key_dim", image=True,
+        takes=("attn_mask",), drop=None,
+    ),
+    "timm.layers.attention2d.Attention2d": Form(by_head="head_first", image=True, takes=("attn_mask",)),
     "transformers.models.vit.modeling_vit.ViTAttention": _HUGGING_FACE,
     "transformers.models.deit.modeling_deit.DeiTAttention": _HUGGING_FACE,
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention": _HUGGING_FACE,
@@ -230,8 +229,9 @@ _KNOWN: dict[type | str, Form] = {
 }  # fmt: skip
 
 SUPPORTED = (
-    "torch.nn.MultiheadAttention, the attentions of torchvision's Swin and MaxViT, of timm's ViT, EVA, BEiT, Swin and "
-    "MetaFormer, of Hugging Face's ViT, DeiT and DINOv2, and those given to pxp.register_attention"
+    "torch.nn.MultiheadAttention, the attentions of torchvision's Swin and MaxViT, of timm's ViT, EVA, BEiT, Swin, "
+    "MetaFormer, DaViT, Twins, PVT v2, TinyViT, LeViT, EfficientFormer, Visformer, CoAtNet, MaxViT, CrossViT, Hiera, "
+    "SAM and MobileNetV4, of Hugging Face's ViT, DeiT and DINOv2, and those given to pxp.register_attention"
 )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from .attention import SUPPORTED, Attention, heads_of, is_head_layer, unsupported_attention
 from .gated import incoming, is_gated, last_layer, unit_weights
 from .layers import CONVOLUTIONS, LINEAR, by_output
+from .projections import layer_of, rows, sources
 from .replica import check_openable, replica
 from .trace import Trace, trace_model
 
@@ -294,6 +296,7 @@ def _layers(kind: str, structure: Trace, twin: nn.Module) -> list[Layer]:
     gated = {name: module for name, module in gated.items() if last[name] in structure.order}
     if kind == "filter":
         names = [name for name in structure.order if isinstance(modules[name], CONVOLUTIONS)]
+        names = [name for name in names if not any(f".{name}".startswith(f".{head}.") for head in structure.heads)]
     else:
         names = [n for n in structure.order if isinstance(modules[n], LINEAR) and n in structure.activations]
         names = [name for name in names if name.rpartition(".")[0] not in gated]  # half of a product
@@ -348,23 +351,17 @@ def reader_of(name: str, structure: Trace, modules: dict[str, nn.Module]) -> str
 
 
 def _head_layer(name: str, attention: Attention, structure: Trace) -> Layer:
-    inner = [n for n in structure.order if n.startswith(f"{name}." if name else "")]
-    places = structure.positions[inner[-1]]
-    projections = attention.head_weights().shape[1]
-    biases = sum(
-        (b := getattr(attention.get_submodule(n[len(name) + 1 if name else 0 :]), "bias", None)) is not None
-        and b.numel() // attention.num_heads
-        for n in inner[:-1]
-    )
-    return Layer(
-        name,
-        attention.num_heads,
-        (f"{name}.heads" if name else "heads",),
-        None,
-        "head",
-        projections + biases,
-        2 * places * projections + 4 * places * (attention.span or places) * attention.head_dim,
-    )
+    start, heads = f"{name}." if name else "", attention.num_heads
+    output = next(own for own, module in attention.named_modules() if module is attention.projection)
+    parameters = attention.projection.weight.numel() // heads
+    flops = 2 * structure.positions[start + output] * parameters + 2 * structure.products[name]
+    for projection, letters in sources(attention):
+        own, mine = layer_of(attention, projection), rows(attention, projection, letters)
+        layer: Any = attention.get_submodule(own)
+        weights = mine.shape[1] * layer.weight[0].numel() if len(mine) == heads else 0  # shared ones stay
+        parameters += weights + (mine.shape[1] if weights and layer.bias is not None else 0)
+        flops += 2 * structure.positions[start + own] * weights
+    return Layer(name, heads, (f"{start}heads",), None, "head", parameters, flops)
 
 
 def _size(module: nn.Module, kind: str) -> int:

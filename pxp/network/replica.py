@@ -21,6 +21,7 @@ from .attention import make_explicit
 from .bake import bake
 from .gated import show_hidden
 from .layers import ACTIVATIONS, BLOCKS, is_activation
+from .outputs import tensors
 
 
 def replica(model: nn.Module) -> nn.Module:
@@ -42,6 +43,9 @@ def replica(model: nn.Module) -> nn.Module:
     check_openable(model)
     # what the model or a hook keeps of an earlier pass has a history, which deepcopy does not copy
     memo: dict[int, object] = {id(held): _copied(held) for _, _, held in _held(model)}
+    for module in model.modules():
+        own = [value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")]
+        memo |= {id(held): _copied(held) for held in tensors(own)}  # in lists and dictionaries too
     memo |= {id(p): nn.Parameter(_shared(p), requires_grad=False) for p in model.parameters()}
     try:
         twin = copy.deepcopy(model, memo)

@@ -7,9 +7,10 @@ import copy
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .attention import Described, part_of
+from .attention import Described
 from .attentions import form_of
 from .gated import last_layer
+from .projections import inputs_of, part_of
 
 
 def silence_units(mlp: nn.Module, kept: Tensor) -> list:
@@ -34,10 +35,11 @@ def silence_heads(module: nn.Module, kept: Tensor) -> list:
     name = "out_proj" if form is None else form.proj
     if form is not None and form.calls and not form.own:
         projection = part_of(module, name)
-        width = projection.in_features // len(kept)
+        width = inputs_of(projection) // len(kept)
 
         def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             off = ~kept.to(inputs[0].device).repeat_interleave(width)
+            off = off if isinstance(projection, nn.Linear) else off.view(-1, 1, 1)  # of an image
             return inputs[0].masked_fill(off, 0), *inputs[1:]
 
         return [projection.register_forward_pre_hook(zero)]
@@ -84,4 +86,5 @@ class _Restored:
 def without_heads(weight: Tensor, kept: Tensor) -> Tensor:
     """An output projection's weight with the columns of the pruned heads zeroed."""
     width = weight.shape[1] // len(kept)
-    return weight.masked_fill(~kept.to(weight.device).repeat_interleave(width), 0)
+    off = ~kept.to(weight.device).repeat_interleave(width)
+    return weight.masked_fill(off.view(-1, *[1] * (weight.ndim - 2)), 0)

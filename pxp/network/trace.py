@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Trace:
     samples : dict
         Layer → the dimension of its output in which the samples lie, where it is not the first: 1 behind a network that
         puts tokens first.
+    products : dict
+        Attention module → multiplications with which one head weighs keys and mixes values, for one image.
     """
 
     order: tuple[str, ...]
@@ -64,6 +66,7 @@ class Trace:
     followed: bool = False
     elsewhere: tuple[str, ...] = ()
     samples: dict[str, int] = field(default_factory=dict)
+    products: dict[str, int] = field(default_factory=dict)
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -137,6 +140,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     calls: list[_Call] = []
     heads: dict[str, int] = {}
     runs: Counter[str] = Counter()  # of BatchNorms
+    products: Counter[str] = Counter()
 
     def note(name: str, module: nn.Module):
         def hook(_: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -160,6 +164,14 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
         return hook
 
+    def counted(name: str, attend: Callable[..., Tensor]) -> Any:
+        def counting(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            pairs = q[..., 0].numel() // q.shape[1] * k.shape[-2] // len(images)
+            products[name] += pairs * (q.shape[-1] + v.shape[-1])
+            return attend(q, k, v, *rest)
+
+        return counting
+
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
     uses = _Uses(twin, images)
@@ -170,6 +182,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             module.heads.register_forward_hook(
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
+            vars(module)["attend"] = counted(name, module.attend)
     with torch.inference_mode(False), torch.no_grad(), eager(), uses.watching():
         output = twin(images)
     answer = next(tensors(getattr(output, "logits", output)), None)
@@ -224,6 +237,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         uses.changed or (answer is not None and uses.logits(answer) is not answer),
         tuple(norm for norm, number in runs.items() if number > merged[norm]),
         _dimensions_of_samples(model, images[:1], unclear) if unclear else {},
+        dict(products),
     )
 
 

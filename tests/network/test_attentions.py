@@ -24,9 +24,9 @@ def without_columns(model: nn.Module, name: str, index: int) -> nn.Module:
     """A replica in which the output projection has zeros for one head."""
     twin = replica(model)
     attention = twin.get_submodule(name)
-    weight = attention.output.weight.clone()
+    weight = attention.projection.weight.clone()
     weight[:, index * attention.head_dim : (index + 1) * attention.head_dim] = 0
-    attention.output.weight = nn.Parameter(weight, requires_grad=False)
+    attention.projection.weight = nn.Parameter(weight, requires_grad=False)
     return twin
 
 

@@ -116,9 +116,9 @@ def test_masks_and_curves(name, implementation, untouched):
         for index in range(each.size):
             twin = replica(model)
             attention = twin.get_submodule(layer)
-            weight = attention.output.weight.clone()
+            weight = attention.projection.weight.clone()
             weight[:, 8 * index : 8 * index + 8] = 0
-            attention.output.weight = nn.Parameter(weight, requires_grad=False)
+            attention.projection.weight = nn.Parameter(weight, requires_grad=False)
             expected = twin(images).logits
             assert relative(expected, before) > 1e-4
             for mode in MODES.values():

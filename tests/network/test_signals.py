@@ -9,6 +9,7 @@ import torchvision
 from conftest import relative
 from small import Calls, around, samples
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import pxp
 

@@ -72,9 +72,9 @@ UNSUPPORTED = {
         lambda: timm.create_model("convit_tiny", num_classes=4, depth=2, local_up_to_layer=1, img_size=32),
         r"'blocks.0.attn' \(GPSA\)",
     ),
-    "Hiera": (
-        lambda: timm.create_model("hiera_tiny_224", num_classes=4, embed_dim=8, stages=(1, 1, 1, 1)),
-        r"'blocks.0.attn' \(MaskUnitAttention\)",
+    "CaiT": (
+        lambda: timm.create_model("cait_xxs24_224", num_classes=4, depth=1, img_size=32),
+        r"'blocks.0.attn' \(TalkingHeadAttn\)",
     ),
     "parallel scaling": (
         small_timm("vit_base_patch16_xp_224", embed_dim=24, num_heads=3), r"'blocks.0' \(ParallelScalingBlock\)"
@@ -82,8 +82,11 @@ UNSUPPORTED = {
     "of one's own": (lambda: Around(Sharing()), r"'inner' \(Sharing\)"),
     "fused": (lambda: Around(Fused()), r"'inner' \(Fused\)"),
     "another library's of the same name": (
-        lambda: timm.create_model("samvit_base_patch16", num_classes=4, depth=1, img_size=32, embed_dim=24, num_heads=3),
-        r"'blocks.0.attn' \(timm.models.vision_transformer_sam.Attention\)",
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 16, 16), timm.models.efficientformer_v2.Attention2d(8, 4, 2, resolution=2),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        ),
+        r"'1' \(timm.models.efficientformer_v2.Attention2d\)",
     ),
     "bias_kv": (lambda: Wrapped(mha(add_bias_kv=True)), r"'attention' \(MultiheadAttention with add_bias_kv\)"),
     "zero_attn": (lambda: Wrapped(mha(add_zero_attn=True)), r"'attention' \(MultiheadAttention with add_zero_attn\)"),
@@ -104,7 +107,7 @@ UNSUPPORTED = {
 def test_attention_by_any_other_name_is_seen(case, untouched):
     make, message = UNSUPPORTED[case]
     model = untouched(make().eval())
-    side = getattr(getattr(model, "patch_embed", None), "img_size", (224, 224) if case == "Hiera" else (32, 32))
+    side = getattr(getattr(model, "patch_embed", None), "img_size", (32, 32))
     tokens = isinstance(model, Around | Wrapped)
     x = torch.randn(1, 5, 6) if tokens else torch.randn(1, 3, *side)
     with pytest.raises(ValueError, match=f"the heads of {message} cannot be told apart; supported are torch.nn.Mul"):
