@@ -66,7 +66,7 @@ def attribute(
     ValueError
         Empty references; wrong shape or dtype; NaN or infinite images; labels outside the model's classes or of another
         length; components of another model; scores that are NaN or infinite (the layers are named); a criterion that
-        leaves out a layer or gives values of another shape.
+        leaves out a layer or gives values of another shape; a layer whose values do not lie sample by sample.
     TypeError
         ``criterion`` is none of the above, ``units`` no Components.
     """

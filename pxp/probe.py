@@ -165,7 +165,13 @@ class Probe:
         """
 
         def told(name: str, *tensors: Tensor) -> None:
-            tensors = tuple(tensor.movedim(self.structure.samples.get(name, 0), 0) for tensor in tensors)
+            dimension = self.structure.samples.get(name, 0)
+            if dimension is None:
+                raise ValueError(
+                    f"it is not clear which values of {name!r} belong to which sample; let the samples be the first "
+                    "dimension of what it gives, or put tokens or windows behind them"
+                )
+            tensors = tuple(tensor.movedim(dimension, 0) for tensor in tensors)
             if self.units[name].kind != "filter":
                 tensors = tuple(tensor.reshape(samples, -1, tensor.shape[-1]) for tensor in tensors)
             elif len(tensors[0]) != samples:

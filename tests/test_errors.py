@@ -322,7 +322,7 @@ class Returns(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "found"),
-    [("map", r"\([12], 4, 4, 4\)"), ("tuple", "tuple"), ("dict", "dict"), ("vector", r"\([12],\)")],
+    [("map", r"\([12], 4, 4, 4\)"), ("tuple", "tuple"), ("dict", r"\([12], 4, 4, 4\)"), ("vector", r"\([12],\)")],
 )
 def test_outputs_that_are_no_logits(how, found):
     model, data = Returns(how), (torch.randn(2, 1, 6, 6), torch.tensor([0, 1]))

@@ -223,8 +223,7 @@ def find_components(
         attention of an unsupported class; no input could be guessed and no ``example`` was given, or the model does
         not accept the one given.
     TypeError
-        ``model`` is no module, ``kind`` neither a string nor several; a layer that is called by keyword, or whose
-        values do not lie sample by sample.
+        ``model`` is no module, ``kind`` neither a string nor several; a layer that is called by keyword.
 
     Examples
     --------

@@ -50,7 +50,7 @@ class Trace:
         BatchNorms that take something else too than the output of one layer.
     samples : dict
         Layer → the dimension of its output in which the samples lie, where it is not the first: 1 behind a network that
-        puts tokens first.
+        puts tokens first. None where the values of one sample do not lie side by side.
     products : dict
         Attention module → multiplications with which one head weighs keys and mixes values, for one image.
     """
@@ -65,7 +65,7 @@ class Trace:
     gates: tuple[str, ...] = ()
     followed: bool = False
     elsewhere: tuple[str, ...] = ()
-    samples: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, int | None] = field(default_factory=dict)
     products: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -241,10 +241,10 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     )
 
 
-def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[str, int]:
+def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[str, int | None]:
     """Layer → the dimension that grows with the number of samples, where it is not the first.
 
-    The values of the first sample must come before those of the second.
+    None where there is no such, or the values of the first sample do not come before those of the second.
     """
     twin = replica(model)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -256,17 +256,11 @@ def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: Sequence[str
         twin(two[:1])
         runs = {name: len(outputs) for name, outputs in found.items()}
         twin(two)
-    dimensions = {}
+    dimensions: dict[str, int | None] = {}
     for name, outputs in found.items():
-        ways = {_grows(one, both) for one, both in zip(outputs[: runs[name]], outputs[runs[name] :], strict=True)}
-        if len(ways) != 1 or None in ways:
-            shapes = " and ".join(str(tuple(output.shape)) for output in (outputs[0], outputs[-1]))
-            raise TypeError(
-                f"it is not clear which values of {name!r} belong to which sample: for one and for two it gives "
-                f"{shapes}; let the samples be the first dimension, or put tokens or windows behind them"
-            )
-        dimensions[name] = ways.pop()
-    return {name: dimension for name, dimension in dimensions.items() if dimension}
+        ways = {_grows(one, both) for one, both in zip(outputs[: runs[name]], outputs[runs[name] :], strict=False)}
+        dimensions[name] = ways.pop() if len(ways) == 1 and len(outputs) == 2 * runs[name] else None
+    return {name: dimension for name, dimension in dimensions.items() if dimension != 0}
 
 
 def _grows(one: Tensor, both: Tensor) -> int | None:

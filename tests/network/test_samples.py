@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from conftest import drawn, relative
 from torch import Tensor, nn
 
 import pxp
@@ -79,7 +79,10 @@ def test_samples_that_lie_among_each_other_are_refused():
             tokens = self.embed(x).flatten(2).permute(2, 0, 1)
             return self.head(self.body(tokens.flatten(0, 1)).unflatten(0, (9, -1)).mean(0))
 
-    with pytest.raises(
-        TypeError, match=r"not clear which values of 'body\.1' belong to which .*\(9, 24\) and \(18, 24"
-    ):
-        pxp.find_components(Interleaved(mlp(), ""), "neuron", example=torch.rand(1, 1, 12, 12))
+    model, x, y = Interleaved(mlp(), "").eval(), torch.rand(2, 1, 12, 12), torch.tensor([0, 1])
+    units = pxp.find_components(model, "neuron", example=x)
+    with pytest.raises(ValueError, match=r"not clear which values of 'body\.[13]' belong to which sample"):
+        pxp.attribute(model, (x, y), units, pxp.LRP())
+    # a mask is the same for all samples
+    with pxp.masked(model, drawn(units, 0.5)), torch.no_grad():
+        assert relative(model(x), torch.cat([model(x[:1]), model(x[1:])])) < 1e-5
