@@ -203,7 +203,11 @@ class Described(Attention):
         x, window_mask, restore = (x, None, None) if form.windows is None else form.windows(self, x, size)
         q, k, v, shape = projected(self, x, given.pop("rope", None), size)
         causal = given.pop("is_causal", False)
-        masks = [_of_windows(window_mask, x.shape[0]), _of_windows(given.pop("mask", None), x.shape[0]), *given.values()]
+        masks = [
+            _of_windows(window_mask, x.shape[0]),
+            _of_windows(given.pop("mask", None), x.shape[0]),
+            *given.values(),
+        ]
         masks += [] if form.position is None else [form.position(self)]
         mixed = self.attend(q, k, v, _together(masks, q), causal)
         mixed = self.join(mixed.mT if form.channels else mixed)

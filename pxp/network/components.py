@@ -262,6 +262,13 @@ def find_components(
                 f"{' and '.join(others) or 'none of any kind'}"
             )
     gated = [name for name, module in twin.named_modules() if is_gated(module)]
+    for layer in (layer for one in kinds for layer in found[one] if layer.name in structure.norms):
+        norm = structure.unclear(layer.name)
+        if norm is not None:
+            raise ValueError(
+                f"what {layer.name!r} gives has no place of its own: its BatchNorm {norm!r} also takes "
+                "something else, or it also runs without it; give each use a layer and a BatchNorm of its own"
+            )
     order = {name: position for position, name in enumerate(_run_order(structure, [*structure.heads, *gated]))}
     layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
     return Components("+".join(kinds), layers, structure, model, left_out)
