@@ -192,7 +192,7 @@ class _Constants(Signals):
 
             def at_zero(value: object) -> object:
                 if isinstance(value, Tensor):
-                    return zeros.get(id(value), value.detach())
+                    return zeros.get(id(value), value.detach().clone())  # which it may write into
                 return type(value)(map(at_zero, value)) if type(value) in (tuple, list) else value  # type: ignore
 
             with torch.no_grad():

@@ -126,8 +126,9 @@ KINDS = [
          *_timm("pool2d_same", "AvgPool2dSame", "MaxPool2dSame"), *_timm("blur_pool", "BlurPool2d")),
         ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
          "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-         "adaptive_max_pool3d", "mean", "sum", "amax", "amin", "max", "min", "maximum", "minimum", "topk", "cumsum"),
+         "adaptive_max_pool3d", "mean", "sum", "amax", "amin", "topk", "cumsum"),
     ),
+    Kind("extremum", "derivative", (), ("max", "min", "maximum", "minimum")),
     Kind(
         "reshaping", "derivative",
         (nn.Flatten, nn.Unflatten, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample,

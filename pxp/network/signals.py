@@ -26,6 +26,9 @@ from .outputs import tensors
 
 # (function, its arguments, its options, what it is) → its result, with another backward pass
 Pass = Callable[[Callable, tuple, dict, Kind], Any]
+# what gives the same values in the same order
+SAME = ("contiguous", "clone", "to", "float", "double", "half", "bfloat16", "cpu", "cuda", "view", "reshape", "flatten",
+        "squeeze", "unsqueeze")  # fmt: skip
 ENDS = ("softmax", "log_softmax", "sigmoid")
 OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
 # of the second tensor only the shape or the type counts
@@ -201,8 +204,10 @@ class Signals(TorchFunctionMode):
         if kind is not None and isinstance(result, Tensor):
             if func.__name__ in ENDS:
                 self._remember(result, args[0])
-            elif kind.name == "reshaping" and isinstance(args[0], Tensor) and args[0] in self._entered:
-                self._entered[result] = self._entered[args[0]]
+            elif func.__name__ in SAME and isinstance(args[0], Tensor) and args[0] in self._entered:
+                entered = self._entered[args[0]]
+                if result.shape == entered.shape:  # else it tells of other classes, or of other samples
+                    self._entered[result] = entered
         return result
 
     def _verdict(
@@ -231,6 +236,9 @@ class Signals(TorchFunctionMode):
             return fault(f"{name}, in place")
         if kind.passes in ("identity", "normalisation", "glu"):
             return kind.passes, signals
+        if kind.name == "extremum":
+            constants = [t for t in tensors(args[1:]) if self.of(t) is None]
+            return fault(f"{name} with a constant") if any(bool(t.any()) for t in constants) else ("", signals)
         if kind.passes != "product":
             return "", signals
         return self._product(name, kind, args, options, fault)
