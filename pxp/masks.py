@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -150,8 +150,11 @@ def masked(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
             if is_gated(modules[name]):
                 handles += silence_units(modules[name], kept)
                 continue
-            for site in layer.site:
-                handles.append(modules[site].register_forward_hook(_silence(~kept, layer.kind == "filter")))
+            silence, shared = _silence(~kept, layer.kind == "filter"), mask.units.trace.shared(name)
+            for norm in shared:
+                handles += _silence_behind(modules[name], modules[norm], silence)
+            for site in () if shared else layer.site:
+                handles.append(modules[site].register_forward_hook(silence))
         with eager():
             yield model
     finally:
@@ -165,3 +168,16 @@ def _silence(pruned: Tensor, filters: bool):
         return output.masked_fill(off.reshape(-1, *[1] * (output.ndim - 2)) if filters else off, 0)
 
     return hook
+
+
+def _silence_behind(layer: nn.Module, norm: nn.Module, silence: Callable) -> list:
+    """Silence a BatchNorm that several layers share where it takes the output of this one."""
+    given: dict[int, Tensor] = {}  # of every run that the norm has still to come to
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        given[id(output)] = output
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output if given.pop(id(inputs[0]), None) is None else silence(module, inputs, output)
+
+    return [layer.register_forward_hook(note), norm.register_forward_hook(hook)]

@@ -218,8 +218,8 @@ def find_components(
     ------
     ValueError
         Unknown kind; a model without components of this kind (the message names the kinds that it has), or with an
-        attention of an unsupported class; no input could be guessed and no ``example`` was given, or the model does
-        not accept the one given.
+        attention of an unsupported class, or with a layer whose BatchNorm also takes something else or that also runs
+        without it; no input could be guessed and no ``example`` was given, or the model does not accept the one given.
     TypeError
         ``model`` is no module, ``kind`` neither a string nor several; a layer that is called by keyword, or whose
         values do not lie sample by sample.
@@ -261,6 +261,13 @@ def find_components(
                 f"{' and '.join(others) or 'none of any kind'}"
             )
     gated = [name for name, module in twin.named_modules() if is_gated(module)]
+    for layer in (layer for one in kinds for layer in found[one] if layer.name in structure.norms):
+        norm = structure.unclear(layer.name)
+        if norm is not None:
+            raise ValueError(
+                f"what {layer.name!r} gives has no place of its own: its BatchNorm {norm!r} also takes "
+                "something else, or it also runs without it; give each use a layer and a BatchNorm of its own"
+            )
     order = {name: position for position, name in enumerate(_run_order(structure, [*structure.heads, *gated]))}
     layers = sorted((layer for one in kinds for layer in found[one]), key=lambda layer: order[layer.name])
     return Components("+".join(kinds), layers, structure, model, left_out)

@@ -14,11 +14,11 @@ from .trace import Trace
 
 
 def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
-    """Merge each BatchNorm of a replica into the one layer before it: W' = W·γ/σ, b' = (b − μ)·γ/σ + β.
+    """Merge each BatchNorm of a replica into the layers before it: W' = W·γ/σ, b' = (b − μ)·γ/σ + β.
 
     Explanation rules then see the affine map that the network really computes. A BatchNorm is left as it is when it
-    does not directly follow exactly one convolution or linear layer, as the only one that takes its output, or takes
-    something else too. One that is merged stays the same object, so that whatever refers to it finds what is left of
+    does not directly follow convolutions or linear layers, as the only one that takes their output, or takes something
+    else too. One that is merged stays the same object, so that whatever refers to it finds what is left of
     it: nothing, or the activation that a BatchNorm with a forward pass of its own also computes.
 
     Raises
@@ -28,28 +28,25 @@ def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
         BatchNorm followed by something; a layer before it whose weight cannot be read.
     """
     modules = dict(twin.named_modules())
-    owners: dict[str, set[str]] = {}
-    for layer, norms in structure.norms.items():
-        for norm in norms:
-            owners.setdefault(norm, set()).add(layer)
-    for layer, norms in structure.norms.items():
-        name = norms[0]
-        if not name or len(norms) > 1 or len(owners[name]) > 1 or name in structure.elsewhere:
+    for name, layers in structure.owners.items():
+        if not structure.merges(name):
             continue
-        linear, norm = modules[layer], modules[name]
+        norm = modules[name]
         if norm.running_mean is None:
             raise ValueError(f"BatchNorm {name!r} has no running statistics, so its output depends on the batch")
-        need_weight(layer, linear)
-        if "weight" not in linear._parameters:
-            raise ValueError(
-                f"{layer!r} is given its weight from outside while the network runs, so the BatchNorm {name!r} behind "
-                "it cannot be merged into it; make the weight a parameter"
-            )
+        for layer in layers:
+            need_weight(layer, modules[layer])
+            if "weight" not in modules[layer]._parameters:
+                raise ValueError(
+                    f"{layer!r} is given its weight from outside while the network runs, so the BatchNorm {name!r} "
+                    "behind it cannot be merged into it; make the weight a parameter"
+                )
         scale, shift = _affine(norm)
-        _reduce(name, norm, scale, shift, linear.weight.ndim)
-        bias = shift if linear.bias is None else linear.bias * scale + shift
-        linear.weight = nn.Parameter((linear.weight * for_weight(linear, scale)).detach(), requires_grad=False)
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        _reduce(name, norm, scale, shift, modules[layers[0]].weight.ndim)
+        for linear in (modules[layer] for layer in layers):
+            bias = shift if linear.bias is None else linear.bias * scale + shift
+            linear.weight = nn.Parameter((linear.weight * for_weight(linear, scale)).detach(), requires_grad=False)
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:

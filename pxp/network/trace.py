@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -70,12 +71,36 @@ class Trace:
         """Modules that compute an attention which is not one of ``heads``."""
         return tuple(name for name, called in self.functions.items() if "attention" in called)
 
+    @cached_property
+    def owners(self) -> dict[str, tuple[str, ...]]:
+        """BatchNorm → the layers whose output it takes."""
+        found: dict[str, dict[str, None]] = {}
+        for layer, norms in self.norms.items():
+            for norm in filter(None, norms):
+                found.setdefault(norm, {})[layer] = None
+        return {norm: tuple(layers) for norm, layers in found.items()}
+
+    def merges(self, norm: str) -> bool:
+        """Whether all that a BatchNorm takes is the output of layers that give theirs to nothing else, ever."""
+        return norm not in self.elsewhere and all(set(self.norms[layer]) == {norm} for layer in self.owners[norm])
+
+    def shared(self, layer: str) -> tuple[str, ...]:
+        """BatchNorms of the layer that are those of other layers, too."""
+        return tuple(dict.fromkeys(norm for norm in self.norms[layer] if norm and len(self.owners[norm]) > 1))
+
+    def unclear(self, layer: str) -> str | None:
+        """A BatchNorm because of which no module has the layer's output, neither more nor less, as its own."""
+        norms = set(self.norms[layer]) - {""}
+        own = "" not in self.norms[layer] and not self.shared(layer) and norms.isdisjoint(self.elsewhere)
+        return None if own else next((norm for norm in sorted(norms) if not self.merges(norm)), None)
+
     def site(self, layer: str) -> tuple[str, ...]:
         """Modules whose output is the layer's output: its BatchNorm where it has one, else the layer itself.
 
-        A filter of which only the convolution is silenced still emits ``β − γμ/σ`` through its BatchNorm.
+        A filter of which only the convolution is silenced still emits ``β − γμ/σ`` through its BatchNorm. A BatchNorm
+        of several layers is no place of any of them; once it is merged, each layer is its own.
         """
-        return tuple(dict.fromkeys(norm or layer for norm in self.norms[layer]))
+        return (layer,) if self.shared(layer) else tuple(dict.fromkeys(norm or layer for norm in self.norms[layer]))
 
 
 # A tensor as it is now; changed in place (by a residual sum) it is another one, though its id stays.
@@ -101,6 +126,11 @@ class _Call:
 
 def _is_one(module: nn.Module) -> bool:
     return is_activation(module) or is_batch_norm(module)
+
+
+def _fits(layer: nn.Module, output: Tensor) -> bool:
+    """Whether dimension 1, of which a BatchNorm takes its channels, is that of the layer's outputs."""
+    return not isinstance(layer, LINEAR) or output.ndim == 2
 
 
 class _Uses(Signals):
@@ -147,7 +177,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             source = producer.get(_key(inputs[0]))
             if is_batch_norm(module):
                 runs[name] += 1
-                if source is None or source.norm:
+                if source is None or source.norm or not _fits(modules[source.layer], output):
                     return
                 source.norm, source.norm_output, source.tensor = name, _key(output), output
                 producer[_key(output)] = source
