@@ -172,12 +172,12 @@ def _silence(pruned: Tensor, filters: bool):
 
 def _silence_behind(layer: nn.Module, norm: nn.Module, silence: Callable) -> list:
     """Silence a BatchNorm that several layers share where it takes the output of this one."""
-    given: list[Tensor] = []
+    given: dict[int, Tensor] = {}  # of every run that the norm has still to come to
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        given[:] = [output]
+        given[id(output)] = output
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return silence(module, inputs, output) if given and inputs[0] is given.pop() else output
+        return output if given.pop(id(inputs[0]), None) is None else silence(module, inputs, output)
 
     return [layer.register_forward_hook(note), norm.register_forward_hook(hook)]

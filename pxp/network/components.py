@@ -220,8 +220,8 @@ def find_components(
     ------
     ValueError
         Unknown kind; a model without components of this kind (the message names the kinds that it has), or with an
-        attention of an unsupported class; no input could be guessed and no ``example`` was given, or the model does
-        not accept the one given.
+        attention of an unsupported class, or with a layer whose BatchNorm also takes something else or that also runs
+        without it; no input could be guessed and no ``example`` was given, or the model does not accept the one given.
     TypeError
         ``model`` is no module, ``kind`` neither a string nor several; a layer that is called by keyword.
 

@@ -29,6 +29,7 @@ Pass = Callable[[Callable, tuple, dict, Kind], Any]
 # what gives the same values in the same order
 SAME = ("contiguous", "clone", "to", "float", "double", "half", "bfloat16", "cpu", "cuda", "view", "reshape", "flatten",
         "squeeze", "unsqueeze")  # fmt: skip
+SOFTMAX = "a softmax that neither weighs a signal nor ends the network"
 ENDS = ("softmax", "log_softmax", "sigmoid")
 OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
 # of the second tensor only the shape or the type counts
@@ -150,6 +151,8 @@ class Signals(TorchFunctionMode):
         weight = getattr(self.modules[name], "weight", None)
         if kind.passes == "rule" and self.of(weight) is not None:
             given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
+        if kind.passes == "softmax" and given:
+            given.append(Signal(GATE, True, 0, frozenset({(name, SOFTMAX)})))
         if given:
             self.mark(output, self._through(kind, given, name if kind.passes == "rule" else None))
 
@@ -236,6 +239,8 @@ class Signals(TorchFunctionMode):
             return fault(f"{name}, in place")
         if kind.passes in ("identity", "normalisation", "glu"):
             return kind.passes, signals
+        if kind.passes == "softmax":  # right only as a gate, or as the end, whose input is explained
+            return fault(SOFTMAX)
         if kind.name == "extremum":
             constants = [t for t in tensors(args[1:]) if self.of(t) is None]
             return fault(f"{name} with a constant") if any(bool(t.any()) for t in constants) else ("", signals)

@@ -92,7 +92,7 @@ class Trace:
         return tuple(dict.fromkeys(norm for norm in self.norms[layer] if norm and len(self.owners[norm]) > 1))
 
     def unclear(self, layer: str) -> str | None:
-        """A BatchNorm for which no module's output is the layer's: not every time that one of the two runs both do."""
+        """A BatchNorm because of which no module has the layer's output, neither more nor less, as its own."""
         norms = set(self.norms[layer]) - {""}
         own = "" not in self.norms[layer] and not self.shared(layer) and norms.isdisjoint(self.elsewhere)
         return None if own else next((norm for norm in sorted(norms) if not self.merges(norm)), None)
@@ -216,7 +216,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     with torch.inference_mode(False), torch.no_grad(), eager(), uses.watching():
         output = twin(images)
     answer = next(tensors(getattr(output, "logits", output)), None)
-    reached = uses.of(answer) or Signal()
+    reached = uses.of(answer if answer is None else uses.logits(answer)) or Signal()
     faults: dict[str, dict[str, None]] = {}
     for name, what in sorted(reached.faults):
         faults.setdefault(name, {})[what] = None

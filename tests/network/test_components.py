@@ -286,7 +286,7 @@ def test_batch_norm_with_batch_statistics_is_an_error():
         pxp.attribute(model, (torch.randn(2, 1, 8, 8), torch.tensor([0, 1])), units, pxp.LRP())
 
 
-def test_norms_that_a_layer_shares_are_not_folded():
+def test_norms_that_layers_share_are_folded_into_each():
     class Shares(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -300,7 +300,7 @@ def test_norms_that_a_layer_shares_are_not_folded():
     units = pxp.find_components(model, example=x)
     twin = replica(model)
     fold_batch_norm(twin, units.trace)
-    assert relative(twin(x), model(x).detach()) < 1e-12
+    assert isinstance(twin.norm, nn.Identity) and relative(twin(x), model(x).detach()) < 1e-12
 
 
 def test_subsets_of_layers():

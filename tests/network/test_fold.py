@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import pxp
 from pxp.network.fold import fold_batch_norm
 from pxp.network.replica import replica
-from pxp.network.trace import trace_model
+from pxp.network.trace import trace
 
 
 def statistics(model: nn.Module) -> nn.Module:
@@ -213,16 +213,85 @@ class Elsewhere(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["again", "pool"])
-def test_a_norm_that_is_used_elsewhere_too_is_not_merged(way):
+def test_a_norm_that_is_used_elsewhere_too_is_not_merged_and_is_no_site(way, untouched):
     model = statistics(Elsewhere(way))
-    x = torch.randn(4, 1, 8, 8).double()
-    structure = trace_model(model, x)
+    x, y = torch.randn(4, 1, 8, 8).double(), torch.arange(4) % 3
+    structure = trace(untouched(model), x)
     assert structure.elsewhere == ("norm",)
     twin = replica(model)
     fold_batch_norm(twin, structure)
     assert relative(twin(x), model(x)) < 1e-12
-    with pytest.raises(ValueError, match="what 'conv' gives has no place of its own"):
+    assert pxp.heatmap(model, x, y).isfinite().all()
+    with pytest.raises(ValueError, match="what 'conv' gives has no place of its own: its BatchNorm 'norm'"):
         pxp.find_components(model, example=x)
+
+
+class Recurrent(nn.Module):
+    """Layers with one BatchNorm for all of them, or with one each; or a step that goes without it the second time."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.step = nn.Conv1d(2, 5, 3, padding=1), nn.Conv1d(5, 5, 3, padding=1)
+        self.norm, self.other, self.fc, self.way = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        for _ in range(2):
+            x = (self.other if self.way == "each its own" else self.norm)(self.step(x)).relu()
+        return self.fc((self.step(x) if self.way == "bare at last" else x).mean(2))
+
+
+def test_layers_that_share_a_norm_are_as_those_with_one_each(untouched):
+    shared, apart = (statistics(Recurrent(way)) for way in ("shared", "each its own"))
+    apart.load_state_dict(shared.state_dict())
+    apart.other.load_state_dict(shared.norm.state_dict())
+    x, y = torch.randn(30, 2, 9).double(), torch.arange(30) % 3
+    assert relative(shared(x), apart(x)) < 1e-12
+    one, two = (pxp.find_components(untouched(model), example=x[:1]) for model in (shared, apart))
+    for criterion in (pxp.LRP("gamma"), pxp.LRP("zplus"), pxp.Taylor(), pxp.Activation(), pxp.Magnitude()):
+        scores, same = (pxp.attribute(*each, criterion) for each in ((shared, (x, y), one), (apart, (x, y), two)))
+        assert all(relative(scores[layer], same[layer]) < 1e-9 for layer in ("first", "step")), criterion
+    assert relative(*(pxp.heatmap(model, x, y, pxp.LRP("gamma")) for model in (shared, apart))) < 1e-9
+    for name in one:
+        kept = {layer: torch.arange(5) != 2 if layer == name else torch.ones(5, dtype=torch.bool) for layer in one}
+        more = {layer: torch.arange(5) != 4 if layer == name else torch.ones(5, dtype=torch.bool) for layer in one}
+        mask = pxp.Mask(one, kept)
+        with torch.no_grad():
+            with pxp.masked(apart, pxp.Mask(two, kept)):
+                expected = apart(x)
+                with pxp.masked(apart, pxp.Mask(two, more)):
+                    both = apart(x)
+            with pxp.masked(shared, mask):
+                assert relative(shared(x), expected) < 1e-12
+                with pxp.masked(shared, pxp.Mask(one, more)):
+                    assert relative(shared(x), both) < 1e-12
+            assert relative(pxp.compact(shared, mask, example=x[:1])(x), expected) < 1e-12
+    curves = [pxp.pruning_curve(*each, (x, y), rates=(0, 0.3, 0.6)).runs for each in ((shared, scores), (apart, same))]
+    assert curves[0] == curves[1]
+
+
+def test_a_layer_that_runs_without_its_norm_too_is_refused():
+    with pytest.raises(ValueError, match="has no place of its own: its BatchNorm 'norm' .* it also runs without it"):
+        pxp.find_components(statistics(Recurrent("bare at last")), example=torch.randn(1, 2, 9).double())
+
+
+@pytest.mark.parametrize("tokens", [6, 8])
+def test_a_norm_over_tokens_is_not_merged_into_channels(tokens, untouched):
+    model = statistics(
+        nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(tokens), nn.Linear(8, 8), nn.ReLU(), nn.Flatten(),
+                      nn.Linear(8 * tokens, 3))
+    )  # fmt: skip
+    x, y = torch.randn(9, tokens, 3).double(), torch.arange(9) % 3
+    structure = trace(untouched(model), x)
+    assert structure.norms["0"] == ("",)
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(point).gather(1, y[:, None]).sum(), point)
+    assert relative(pxp.heatmap(model, x, y, pxp.LRP(pxp.Epsilon(0))), x * gradient) < 1e-10
+    units = pxp.find_components(model, "neuron", example=x[:1])
+    scores = pxp.attribute(model, (x, y), units, pxp.LRP())
+    with pxp.masked(model, scores.select(0.5)):
+        expected = pxp.accuracy(model, (x, y))
+    assert pxp.pruning_curve(model, scores, (x, y), rates=(0.5,)).runs[0] == (expected,)
 
 
 def test_a_question_about_the_shape_is_no_use():
