@@ -27,8 +27,8 @@ from .outputs import tensors
 # (function, its arguments, its options, what it is) → its result, with another backward pass
 Pass = Callable[[Callable, tuple, dict, Kind], Any]
 # what gives the same values in the same order
-SAME = ("contiguous", "clone", "to", "float", "double", "half", "bfloat16", "cpu", "cuda", "view", "reshape", "flatten",
-        "squeeze", "unsqueeze")  # fmt: skip
+SAME = ("contiguous", "clone", "view_as", "to", "float", "double", "half", "bfloat16", "cpu", "cuda", "view", "reshape",
+        "flatten", "squeeze", "unsqueeze")  # fmt: skip
 SOFTMAX = "a softmax that neither weighs a signal nor ends the network"
 ENDS = ("softmax", "log_softmax", "sigmoid")
 OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
