@@ -167,8 +167,8 @@ class LRP(Criterion):
     it in proportion. What reaches the class token, register tokens, position embedding or a bias stays there. Of two
     signals that are multiplied, one that ends in a sigmoid, tanh or softmax is a gate, a constant factor; otherwise
     each gets half. This holds for modules and for functions. An operation on the way to the output that is in no table
-    (:mod:`pxp.network.layers`) is an error that names it, and once per model its copy is compared with it and
-    conservation is tried on one image (:mod:`pxp.lrp.balance`).
+    (``pxp.network.layers``) is an error that names it, and once per model its copy is compared with it and
+    conservation is tried on one image (``pxp.lrp.balance``).
 
     Raises
     ------

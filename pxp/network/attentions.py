@@ -1,6 +1,6 @@
 """What is known of the classes of attention: where their parts are, and what they compute besides softmax(QKᵀ/√d) V.
 
-One :class:`Form` per class; :mod:`pxp.network.attention` does the rest. A class of one's own is added with
+One :class:`Form` per class; ``pxp.network.attention`` does the rest. A class of one's own is added with
 :func:`register_attention`.
 """
 
@@ -292,7 +292,7 @@ def register_attention(
     TypeError
         ``cls`` is no class of modules.
     ValueError
-        Neither ``qkv`` nor all of ``q``, ``k`` and ``v``, or both; a class that :mod:`pxp` knows.
+        Neither ``qkv`` nor all of ``q``, ``k`` and ``v``, or both; a class that ``pxp`` knows.
 
     Examples
     --------

@@ -2,7 +2,7 @@
 
 It is a whitelist. A module whose class is in the table is trusted as a whole; of every other module each operation that
 its forward pass computes with a signal is looked up here, and what is not found is refused (see
-:mod:`pxp.network.trace`). :func:`pxp.register_layer` adds to it.
+``pxp.network.trace``). :func:`pxp.register_layer` adds to it.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     """Tell what a module class of your own is like, so that relevance passes it as it passes that.
 
     What is told is not believed: the first explanation of a model with such a module compares its copy with it, and
-    tries on one image whether relevance is conserved (:mod:`pxp.lrp.balance`).
+    tries on one image whether relevance is conserved (``pxp.lrp.balance``).
 
     Parameters
     ----------
