@@ -51,6 +51,13 @@ def replica(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied, which explaining it needs: {error}") from error
+    originals = {id(module) for module in model.modules()}
+    for name, module in twin.named_modules():
+        if id(module) in originals:
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) gives itself when it is copied, so explaining would change it; "
+                "let copy.deepcopy make another one"
+            )
     twin.eval()  # a train() of the user's may return nothing
     bake(twin)
     for module in twin.modules():

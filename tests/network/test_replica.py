@@ -291,3 +291,15 @@ def test_what_a_forward_pass_writes_down_stays_as_it_was(untouched):
     assert same()
     tuned = pxp.finetune(model, (x, y), epochs=1, batch_size=3)
     assert not tuned.training and same()
+
+
+@pytest.mark.parametrize("inner", [nn.BatchNorm2d(4), nn.Dropout()], ids=lambda inner: type(inner).__name__)
+def test_what_gives_itself_when_it_is_copied_is_named(inner, untouched):
+    class Single(type(inner)):
+        def __deepcopy__(self, memo):
+            return self
+
+    inner.__class__ = Single
+    model = untouched(nn.Sequential(nn.Conv2d(1, 4, 3), inner, nn.Flatten(), nn.Linear(144, 3)))
+    with pytest.raises(ValueError, match=r"'1' \(Single\) gives itself when it is copied"):
+        pxp.find_components(model, example=torch.rand(1, 1, 8, 8))
