@@ -2,7 +2,7 @@
 
 Attentions hide what pruning by explaining needs: the heads' outputs are no module's output, and torch's fast path calls
 no projection. In a replica each of them is replaced by an :class:`Attention` that shares its weights, computes the same
-values, and shows its parts; :mod:`pxp.network.attentions` tells what each class looks like. The user's model is never
+values, and shows its parts; ``pxp.network.attentions`` tells what each class looks like. The user's model is never
 modified.
 """
 

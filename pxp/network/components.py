@@ -199,7 +199,7 @@ def find_components(
         ``"filter"``: output channels of all convolutions (grouped, depthwise and transposed ones too). ``"neuron"``:
         outputs of the linear layers that feed an activation module; of gated MLPs (timm's SwiGLU and GluMlp, Hugging
         Face's DINOv2), whose hidden units are products, the channels that the last layer reads, under the MLP's name.
-        ``"head"``: attention heads, of the classes in :mod:`pxp.network.attentions`. ``"mlp_output"``: outputs of the
+        ``"head"``: attention heads, of the classes in ``pxp.network.attentions``. ``"mlp_output"``: outputs of the
         linear layer behind a layer of neurons; Hatefi et al. 2024 prune them together with the neurons. Such an output
         is what the block adds to one coordinate of the residual stream: pruning it saves a row of weights, but the
         coordinate itself stays, since other blocks write to it too. Several kinds are scored in one pass and ranked

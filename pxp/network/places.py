@@ -1,6 +1,6 @@
 """Where tokens lie: windows and their masks, biases by distance, and fewer queries or keys than tokens.
 
-What :mod:`pxp.network.attentions` says of a class; each function takes the attention's replacement.
+What ``pxp.network.attentions`` says of a class; each function takes the attention's replacement.
 """
 
 from __future__ import annotations
