@@ -12,7 +12,7 @@ from zennit.core import Composite
 from .data import Data
 from .network.replica import eager
 from .network.trace import Trace
-from .probe import Probe, reading
+from .probe import Probe, reading, unbroken
 
 
 class InputProbe(Probe):
@@ -56,11 +56,11 @@ class InputProbe(Probe):
         if layer is not None and layer not in self._behind:
             self._behind[layer] = is_behind(self.twin, layer, images[:1])
         if layer is None or not self._behind[layer]:
-            with reading(self.twin, self.structure, None, None):
+            with reading(self.twin, self.structure, None, None), unbroken(self.model):
                 (flow,) = torch.autograd.grad(self._start(point, labels, start, carried), point)
             note("input", point.detach(), flow)
             return
-        with reading(self.twin, self.structure, None, None), cut(self.twin, layer) as read:
+        with reading(self.twin, self.structure, None, None), cut(self.twin, layer) as read, unbroken(self.model):
             begin = self._start(point, labels, start, carried)
             if len(read) != 1:
                 raise refusal(layer, f"it runs {len(read)} times")

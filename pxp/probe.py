@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -81,7 +81,7 @@ class Probe:
             images, labels = checked(self.model, images, labels)
             if self.samples == 0 and once(self.model, "replica"):
                 with forgotten(self.model):
-                    self.logits(images[:1], labels[:1])  # what the model does not accept is an error of its own
+                    self._check_batch(images, labels)  # what the model does not accept is an error of its own
                     check_replica(self.model, self.twin, self.structure, images[:2])
             yield images, labels
             self.samples += len(labels)
@@ -156,7 +156,8 @@ class Probe:
         with reading(self.twin, self.structure, self._units, self._by_sample(note, len(images)), exact=exact):
             begin = self._start(images, labels, start, carried)
             if begin.requires_grad:  # else no scored layer has any influence on it
-                begin.backward()
+                with unbroken(self.model):
+                    begin.backward()
 
     def _by_sample(self, note: Callable[..., None], samples: int) -> Callable[..., None]:
         """The same with tensors whose first dimension is that of the samples.
@@ -236,15 +237,23 @@ class Probe:
 
     def logits(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run the network: (samples, classes), which have these labels; what enters a softmax at its end."""
-        signals = None
+        logits, signals = self._run(images, self.structure.followed)
+        if signals is not None and self._functions is not None:
+            self._check_faults(signals, logits, "these images")
+        labels = labels.to(logits.device)  # a model may be spread over several devices
+        if int(labels.max()) >= logits.shape[1]:
+            raise ValueError(
+                f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
+                f"(0 to {logits.shape[1] - 1})"
+            )
+        return logits
+
+    def _run(self, images: Tensor, followed: bool) -> tuple[Tensor, Signals | None]:
+        """What the network says, before a softmax at its end, and what was seen of its functions."""
+        signals = Signals(self.twin, images, self._functions) if followed else None
         try:
-            with eager():
-                if self.structure.followed:
-                    signals = Signals(self.twin, images, self._functions)
-                    with signals.watching():
-                        output = self.twin(images)
-                else:
-                    output = self.twin(images)
+            with eager(), nullcontext() if signals is None else signals.watching():
+                output = logits_of(self.twin(images))
         except (RuntimeError, AssertionError) as error:
             if out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(
@@ -253,14 +262,29 @@ class Probe:
             raise ValueError(
                 f"the model does not accept images of shape {tuple(images.shape)} and dtype {images.dtype}: {error}"
             ) from error
-        logits = logits_of(output) if signals is None else signals.logits(logits_of(output))
-        labels = labels.to(logits.device)  # a model may be spread over several devices
-        if int(labels.max()) >= logits.shape[1]:
-            raise ValueError(
-                f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
-                f"(0 to {logits.shape[1] - 1})"
-            )
-        return logits
+        return (output if signals is None else signals.logits(output)), signals
+
+    @torch.no_grad()
+    def _check_batch(self, images: Tensor, labels: Tensor) -> None:
+        """The structure was seen with one image; a forward pass may do something else with several."""
+        self.logits(images[:1], labels[:1])
+        logits, signals = self._run(images, True)
+        assert signals is not None
+        if signals.changed and not self.structure.followed:
+            raise self._branches(f"{len(images)} images", "")
+        if not self.structure.functions:
+            self._check_faults(signals, logits, f"{len(images)} images")
+
+    def _check_faults(self, signals: Signals, logits: Tensor, what: str) -> None:
+        reached = signals.of(logits)
+        for name, fault in [] if reached is None else sorted(reached.faults):
+            raise self._branches(what, f": {name!r} then computes {fault}, for which there is no LRP rule")
+
+    def _branches(self, what: str, how: str) -> ValueError:
+        return ValueError(
+            f"the forward pass of {type(self.model).__name__} does something else with {what} than with the image on "
+            f"which it was looked at{how}; let it do the same with every batch"
+        )
 
     def _start(self, images: Tensor, labels: Tensor, start: str, carried: bool) -> Tensor:
         """Run the network and return the scalar whose backward pass is the explanation of the whole batch."""
@@ -278,6 +302,20 @@ class Probe:
                 return F.cross_entropy(logits, labels, reduction="sum")
             case _:
                 return target.sum()
+
+
+@contextmanager
+def unbroken(model: nn.Module) -> Iterator[None]:
+    """Say what to do where a forward pass overwrites what the backward pass needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            f"the forward pass of {type(model).__name__} changes in place what its gradient needs, so nothing can flow "
+            f"back through it; write x = x + y for x += y, and torch.relu(x) for x.relu_() ({error})"
+        ) from error
 
 
 def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

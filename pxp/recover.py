@@ -181,7 +181,7 @@ def finetune(
             begun = saved["done"]
     bar = tqdm(total=(epochs - begun) * batches_per_epoch, desc="finetune", delay=5, leave=False, disable=not progress)
     devices = [parameters[0].device] if parameters[0].is_cuda else []
-    with bar, torch.random.fork_rng(devices), evaluating(teacher or nn.Identity()):
+    with bar, torch.random.fork_rng(devices), evaluating(teacher or nn.Module()):
         trained.train()
         for epoch in range(begun, epochs):
             torch.manual_seed(seed + epoch)  # for dropout, too

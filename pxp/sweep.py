@@ -23,7 +23,7 @@ from .network.attention import Attention
 from .network.bake import plain
 from .network.check import same_outputs
 from .network.fold import fold_batch_norm
-from .network.layers import IDENTITY, for_weight
+from .network.layers import Identity, for_weight
 from .network.outputs import logits_of, tensors
 from .network.replica import check_values, evaluating, replica
 from .network.silence import without_heads
@@ -237,7 +237,7 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
         if isinstance(layer, Attention):
             weight = without_heads(layer.projection.weight, kept)
             layer.projection.weight = nn.Parameter(weight, requires_grad=False)
-        elif plain(layer) and (sites == (name,) or all(isinstance(modules[site], IDENTITY) for site in sites)):
+        elif plain(layer) and (sites == (name,) or all(isinstance(modules[site], Identity) for site in sites)):
             keep = kept.to(layer.weight.device)
             layer.weight = nn.Parameter(layer.weight * for_weight(layer, keep), requires_grad=False)
             if layer.bias is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pxp"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE)
@@ -99,3 +101,28 @@ def test_there_are_few_floors():
 def test_circles_and_floors_are_seen():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
     assert floor({"a": {"b", "c"}, "b": {"c"}, "c": set()}, "a") == 3
+
+
+def layer_classes(source: str) -> set[str]:
+    """Classes of layers that a module's code names as ``nn.X``."""
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nn"
+    }
+    return {
+        name
+        for name in used - {"Module"}
+        if isinstance(c := getattr(nn, name, None), type) and issubclass(c, nn.Module)
+    }
+
+
+def test_only_the_table_names_layers_of_torch_and_timm():
+    assert layer_classes("x: nn.Module = nn.Linear(2, nn.Parameter(1), nn.functional.relu)") == {"Linear"}
+    found = {name_of(path): path.read_text(encoding="utf8") for path in MODULES}
+    assert layer_classes(found.pop("pxp.network.layers")) > {"Conv2d", "GELU", "LayerNorm"}
+    del found["pxp.models"]  # networks are made of layers
+    assert {name: layer_classes(source) for name, source in found.items() if layer_classes(source)} == {}
+    # what attentions look like is a table of its own
+    classes = [n for n, text in found.items() if re.search(r"\btimm\.(layers|models)\.\w*\.?[A-Z]", text)]
+    assert classes == ["pxp.network.attentions"]

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 
 from ..network.attention import Attention
 from ..network.gated import incoming, last_layer
-from ..network.layers import CONVOLUTIONS, is_elementwise
+from ..network.layers import LAYERS, LINEAR, Identity, is_elementwise
 from ..network.projections import layer_of, norms_of, part_of, rows, rows_of_each, sources
 
 
 def is_ordinary(module: nn.Module) -> bool:
     """Whether a convolution or linear layer computes as torch's own do."""
-    for kind in (*CONVOLUTIONS, nn.Linear):
+    for kind in LAYERS:
         if isinstance(module, kind):
             own = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
             return own == [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
@@ -35,7 +35,7 @@ def is_layer(module: Any) -> bool:
     """
     if is_ordinary(module):
         return True
-    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not isinstance(module._parameters.get("weight"), Tensor):
+    if not isinstance(module, LAYERS) or not isinstance(module._parameters.get("weight"), Tensor):
         return False
     weight, bias, groups = module.weight, module.bias, getattr(module, "groups", 1)
     sides = [
@@ -64,7 +64,7 @@ def cut_layer(module: Any, weight: Tensor, bias: Tensor | None, groups: int = 1)
     made._parameters = {"weight": nn.Parameter(weight.detach()), "bias": None}
     if bias is not None:
         made._parameters["bias"] = nn.Parameter(bias.detach())
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEAR):
         made.out_features, made.in_features = weight.shape
     else:
         made.out_channels, made.in_channels, made.groups = weight.shape[0], weight.shape[1] * groups, groups
@@ -99,7 +99,7 @@ def fewer_heads(attention: Attention, kept: Tensor) -> Attention:
     made = with_part(made, form.proj, projection)
     for name, dim in form.per_head(attention) if callable(form.per_head) else form.per_head:
         part = attrgetter(name)(attention)
-        if isinstance(part, nn.Linear):
+        if isinstance(part, LINEAR):
             made = with_part(made, name, cut_layer(part, part.weight[kept], entries(part.bias, kept)))
         elif part is not None:
             made = with_part(made, name, part.index_select(dim, kept.nonzero().flatten()))
@@ -135,7 +135,7 @@ def check_units(name: str, mlp: nn.Module) -> None:
     """Whether single hidden units of a gated MLP can be taken out."""
     known = {*incoming(mlp), last_layer(mlp)}
     for own, part in mlp.named_children():
-        if part not in known and not isinstance(part, nn.Identity) and not is_elementwise(part):
+        if part not in known and not isinstance(part, Identity) and not is_elementwise(part):
             raise ValueError(
                 f"single units of {name!r} cannot be taken out: {own!r} ({type(part).__name__}) takes all of them"
             )
@@ -148,7 +148,7 @@ def check_heads(name: str, attention: Attention, node: fx.Node) -> None:
     reason = ""
     if 1 < len(rows(attention, *sources(attention)[-1])) < heads:
         reason = "its heads share keys and values"
-    elif not isinstance(part_of(attention, form.norm), nn.Identity | None):
+    elif not isinstance(part_of(attention, form.norm), Identity | None):
         reason = "it normalises over all of its heads"
     elif "shape" not in node.meta and any(r.target is not operator.getitem or r.args[1] != 0 for r in node.users):
         reason = "its attention weights, which are those of all heads, are read too"

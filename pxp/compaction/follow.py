@@ -27,14 +27,16 @@ from ..network.layers import (
     CONVOLUTIONS,
     ELEMENTWISE,
     FLATTEN,
-    IDENTITY,
     LAYERS,
     LINEAR,
     PAD,
     POOLS,
     SCALES,
     TRANSPOSED,
+    Identity,
+    Sequential,
     is_elementwise,
+    qualified,
 )
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, check_units, cut_layer, entries, fewer_heads, fewer_units, is_layer, is_ordinary
@@ -116,7 +118,7 @@ class Compactor:
             if layer.kind != "head" and name not in self.last and not bool(kept.all()):
                 for site in layer.site:
                     # where BatchNorm was merged, an identity or what timm's BatchNorm held stands at the site
-                    while isinstance(self.modules[site], nn.Sequential):
+                    while isinstance(self.modules[site], Sequential):
                         site = f"{site}.{list(self.modules[site]._modules)[-1]}"
                     self.sites.setdefault(site, []).append(name)
 
@@ -351,7 +353,7 @@ class Compactor:
             first = self._placed(node, first, places[0].to(self.device), nothing, zero=True)
             return self._add(node, first, self._placed(node, second, places[1], nothing, zero=True))
         if arguments and isinstance(arguments[0], _Flow) and self._is_same(node, arguments, options):
-            if isinstance(module, IDENTITY):
+            if isinstance(module, Identity):
                 return replace(arguments[0])
             self.put(name, module)
             return self._elementwise(arguments[0], lambda v: self._emit(node, v, arguments, options), lambda rest: rest)
@@ -364,7 +366,7 @@ class Compactor:
                 scale = scale if norm.weight is None else scale * norm.weight
                 shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
                 return self._affine(name, x, scale, shift)
-            if type(module).__name__ in SCALES and x.dim == len(x.shape) - 1:
+            if qualified(type(module)) in SCALES and x.dim == len(x.shape) - 1:
                 return self._affine(name, x, module.gamma, None)
             if isinstance(module, POOLS) and x.dim == 1 and "shape" in node.meta:
                 if not (_changes_constants(module) and bool(x.constants().any())):

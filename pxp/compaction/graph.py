@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..network.attention import Attention
 from ..network.gated import hide_hidden, is_gated, last_layer
-from ..network.layers import BATCH_NORMS, IDENTITIES, SCALES, WHOLE, is_activation, is_normalisation
+from ..network.layers import BATCH_NORMS, IDENTITIES, SCALES, WHOLE, is_activation, is_normalisation, qualified
 from ..network.replica import replica
 from .channels import Affine, Constant, Expand, Join, Select, Switch
 from .cut import is_layer
@@ -205,10 +205,9 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        name = type(m).__name__
         known = isinstance(m, Attention | Affine | Constant | Expand | Join | Select | Switch)
         known = known or is_activation(m) or is_normalisation(m) or m in self.cut or _is_random(m)
-        known = known or (isinstance(m, BATCH_NORMS) and not m._modules) or name in (*IDENTITIES, *SCALES)
+        known = known or (isinstance(m, BATCH_NORMS) and not m._modules) or qualified(type(m)) in (*IDENTITIES, *SCALES)
         last, start = last_layer(m), f"{module_qualified_name}."
         if last is not None:  # one operation, unless a layer inside is cut, other than the last
             inside = [m.get_submodule(layer.removeprefix(start)) for layer in self.layers if layer.startswith(start)]

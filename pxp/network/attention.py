@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .attentions import OUTSIDE, Form, form_of, is_known
 from .attentions import SUPPORTED as SUPPORTED
-from .layers import qualified
+from .layers import LINEAR, MULTIHEAD, Identity, Linear, qualified
 from .projections import inputs_of, layer_of, option, part_of, projected, rows_of_each, sources
 
 
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     form : Form
         Where it has its parts.
     num_heads, head_dim : int
-    heads : nn.Identity
+    heads : Identity
         Its output (N, tokens, heads · channels) is what the heads give to the output projection.
     rule : Rule or None
         How relevance passes the softmax; None: the ordinary gradient.
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.Identity()
+        self.heads = Identity()
         self.rule: Rule | None = None
 
     @property
@@ -100,17 +100,17 @@ class Attention(nn.Module):
 class _Torch(Attention):
     """In place of ``nn.MultiheadAttention``."""
 
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    out_proj: nn.Linear
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    out_proj: Linear
     form = Form("out_proj", qkv=None, drop=None)
-    batch_first = False  # tells nn.TransformerEncoderLayer not to take its fast path
+    batch_first: bool
 
-    def __init__(self, original: nn.MultiheadAttention) -> None:
+    def __init__(self, original: Any) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = original.num_heads, original.head_dim
-        self._tokens_first, self.dropout = not original.batch_first, original.dropout
+        # what a forward pass may ask of it
+        self.__dict__.update({name: value for name, value in vars(original).items() if isinstance(value, int | float)})
         if original.in_proj_weight is not None:
             weights = original.in_proj_weight.chunk(3)
         else:
@@ -122,8 +122,18 @@ class _Torch(Attention):
         self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
 
     @property
-    def projection(self) -> nn.Linear:
+    def projection(self) -> Linear:
         return self.out_proj
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return torch.cat([part.weight for part in parts]) if self._qkv_same_embed_dim else None
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        biases = [part.bias for part in (self.q_proj, self.k_proj, self.v_proj) if part.bias is not None]
+        return torch.cat([*biases]) if biases else None
 
     def forward(
         self,
@@ -136,7 +146,7 @@ class _Torch(Attention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if self._tokens_first:
+        if not self.batch_first:
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
         q = self.split(self.q_proj(query))
         k = self.split(self.k_proj(key))
@@ -153,7 +163,7 @@ class _Torch(Attention):
         if need_weights:
             weights = logits(q.detach(), k.detach(), mask, False).softmax(-1)
             weights = weights.mean(1) if average_attn_weights else weights
-        return (out.transpose(0, 1) if self._tokens_first else out), weights
+        return (out if self.batch_first else out.transpose(0, 1)), weights
 
 
 class Described(Attention):
@@ -164,7 +174,7 @@ class Described(Attention):
         # not what would hide a method or the parts of this class, such as the number of heads under the name "heads"
         own = {name: value for name, value in vars(original).items() if not hasattr(self, name) or name[0] == "_"}
         self.__dict__.update(own)
-        self._modules = {**original._modules, "heads": nn.Identity()}
+        self._modules = {**original._modules, "heads": Identity()}
         self.form = form
         self.num_heads = heads_of(original)
         self.head_dim = inputs_of(self.projection) // self.num_heads
@@ -226,7 +236,7 @@ class Described(Attention):
 
 def _is_supported(module: nn.Module) -> bool:
     kind = type_before_parametrizations(module)
-    if kind is nn.MultiheadAttention:
+    if kind is MULTIHEAD:
         return module.bias_k is None and not module.add_zero_attn
     return form_of(module) is not None
 
@@ -252,7 +262,6 @@ def unsupported_attention(model: nn.Module, seen: Iterable[str] = ()) -> dict[st
         name: _describe(module)
         for name, module in model.named_modules()
         if not is_head_layer(module)
-        and not _only_gates(module)
         and (
             name in seen
             or (
@@ -265,18 +274,13 @@ def unsupported_attention(model: nn.Module, seen: Iterable[str] = ()) -> dict[st
 
 def _describe(module: nn.Module) -> str:
     name = type(module).__name__
-    if type(module) is nn.MultiheadAttention:
+    if type(module) is MULTIHEAD:
         options = {"add_bias_kv": module.bias_k is not None, "add_zero_attn": module.add_zero_attn}
         return f"{name} with {' and '.join(option for option, given in options.items() if given)}"
     for base in type(module).__mro__[1:]:
-        if base is nn.MultiheadAttention or is_known(base):
+        if base is MULTIHEAD or is_known(base):
             return f"{name}, a subclass of {qualified(base)}"
     return f"{type(module).__module__}.{name}" if is_known(type(module), name) else name
-
-
-def _only_gates(module: nn.Module) -> bool:
-    """timm's GlobalContext where it is a factor only: such gates are constants, no relevance passes its softmax."""
-    return type(module).__name__ == "GlobalContext" and getattr(module, "mlp_add", None) is None
 
 
 def make_explicit(twin: nn.Module) -> nn.Module:
@@ -292,7 +296,7 @@ def make_explicit(twin: nn.Module) -> nn.Module:
 def _explicit(module: nn.Module, known: dict[int, Attention]) -> Attention:
     if id(module) not in known:
         made: Attention
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, MULTIHEAD):
             made = _Torch(module)
             copy_hooks(module, made)
         else:
@@ -313,7 +317,7 @@ def _check_parts(module: nn.Module, form: Form) -> None:
     wrong = [
         name
         for name in (form.proj, *(separate if form.qkv is None else (form.qkv,)))
-        if not isinstance(part_of(module, name), nn.Linear)
+        if not isinstance(part_of(module, name), LINEAR)
     ]
     if wrong:
         raise ValueError(f"{type(module).__name__} was registered with {wrong[0]!r}, which is no linear layer of it")
@@ -349,8 +353,8 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
         getattr(target, hooks).update(getattr(source, hooks))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    layer = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)

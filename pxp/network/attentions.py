@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import places
-from .layers import qualified
+from .layers import MULTIHEAD, qualified
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def register_attention(
     separate = [name for name in (q, k, v) if name is not None]
     if len(separate) != (3 if qkv is None else 0):
         raise ValueError("name either qkv, one projection for all, or q, k and v")
-    if cls is nn.MultiheadAttention or qualified(cls) in _KNOWN:
+    if cls is MULTIHEAD or qualified(cls) in _KNOWN:
         raise ValueError(f"{qualified(cls)} is supported as it is")
     q, k, v = q or "", k or "", v or ""
     _KNOWN[cls] = Form(proj, qkv, q, k, v, heads=heads, scale=scale, drop=drop, pair=pair, own=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .bake import need_weight
-from .layers import BATCH_NORMS, for_weight
+from .layers import BATCH_NORMS, Identity, Sequential, for_weight
 from .trace import Trace
 
 
@@ -49,6 +49,22 @@ def fold_batch_norm(twin: nn.Module, structure: Trace) -> None:
             linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
 
+class _Asked:
+    """What is left of a BatchNorm that is merged; a forward pass may still ask for its statistics, gain or bias."""
+
+    def __getattr__(self, name: str) -> Any:
+        merged = vars(self).get("_merged", {})
+        return merged[name] if name in merged else super().__getattr__(name)  # type: ignore[misc]
+
+
+class Merged(_Asked, Identity):
+    """Nothing."""
+
+
+class MergedAndMore(_Asked, Sequential):
+    """The dropout and the activation."""
+
+
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift of each channel in evaluation mode."""
     weight, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
@@ -67,7 +83,7 @@ def _reduce(name: str, norm: Any, scale: Tensor, shift: Tensor, dims: int) -> No
     rest = {part: found for part, found in parts.items() if isinstance(found, nn.Module)}
     if type(norm) not in BATCH_NORMS and not scale.is_meta:  # what those compute needs no test
         alone = _without_hooks(norm)
-        left = nn.Sequential(*(part for child, part in alone._modules.items() if child in rest))
+        left = Sequential(*(part for child, part in alone._modules.items() if child in rest))
         if not _becomes(alone, left, scale, shift, dims):
             neutral = _without_hooks(norm)
             _neutralise(neutral)
@@ -79,7 +95,8 @@ def _reduce(name: str, norm: Any, scale: Tensor, shift: Tensor, dims: int) -> No
                 )
             _neutralise(norm)
             return
-    norm.__class__ = nn.Sequential if rest else nn.Identity
+    norm._merged = {**norm._parameters, **norm._buffers}
+    norm.__class__ = MergedAndMore if rest else Merged
     norm._parameters, norm._buffers, norm._modules = {}, {}, rest
     vars(norm).pop("forward", None)
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import GATED, LINEAR, by_output, qualified
+from .layers import GATED, LINEAR, Identity, Linear, by_output, qualified
 
 
-class Hidden(nn.Identity):
+class Hidden(Identity):
     """What a gated MLP gives to its last layer."""
 
 
@@ -59,7 +59,7 @@ def hide_hidden(twin: nn.Module) -> nn.Module:
     return twin
 
 
-def incoming(module: nn.Module) -> list[nn.Linear]:
+def incoming(module: nn.Module) -> list[Linear]:
     """The linear layers that compute a gated MLP's hidden units, with a row or several for each; else none."""
     last = last_layer(module)
     parts = [] if last is None else list(module.children())

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+# what other modules put in the place of others
+from torch.nn import Identity as Identity
+from torch.nn import Linear as Linear
+from torch.nn import Sequential as Sequential
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.misc import Permute
@@ -256,11 +261,11 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 LINEAR = (nn.Linear,)
 LAYERS = (*CONVOLUTIONS, *LINEAR)
-IDENTITY = (nn.Identity,)
+MULTIHEAD = nn.MultiheadAttention
 RELU = nn.ReLU
 FLATTEN = nn.Flatten
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d)
-SCALES = ("LayerScale",)  # of every channel, by class name
+SCALES = _timm("layer_scale", "LayerScale")  # of every channel of the last dimension
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
@@ -270,7 +275,7 @@ ELEMENTWISE = (
     F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, torch.relu, torch.sigmoid, F.sigmoid,
     torch.tanh, F.tanh, F.dropout,
 )  # fmt: skip
-IDENTITIES = ("Identity", "DropPath", "StochasticDepth")
+IDENTITIES = (qualified(nn.Identity), qualified(StochasticDepth), *_timm("drop", "DropPath"))  # in evaluation
 PAD = F.pad
 # functions that must be seen as what they are, not traced: random in training, or dependent on the size of the image
 WHOLE = {
@@ -280,6 +285,8 @@ WHOLE = {
 # torch's blocks call an activation that they are given as a function
 BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 ACTIVATIONS = {F.relu: nn.ReLU, F.gelu: nn.GELU}
+# what keeps torch's encoders from their fast path, which calls no layer
+SLOW = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 # gated MLPs, whose hidden units are products, and their last layers
 _DINO = "transformers.models.dinov2"
 GATED = {
@@ -305,7 +312,8 @@ def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm: one of torch's, or one that keeps a mean and a variance for each channel."""
     if isinstance(module, BATCH_NORMS):
         return True
-    mean, variance = (getattr(module, f"running_{part}", None) for part in ("mean", "var"))
+    held = {**module._parameters, **module._buffers}
+    mean, variance = (held.get(f"running_{part}") for part in ("mean", "var"))
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
         return False
     return mean.ndim == 1 and mean.shape == variance.shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import CONVOLUTIONS, is_batch_norm
+from .layers import LAYERS, is_batch_norm
 
 
 def part_of(module: nn.Module, name: str | None) -> Any:
@@ -36,7 +36,7 @@ def sources(attention: Any) -> list[tuple[str, str]]:
 
 def layer_of(attention: nn.Module, name: str) -> str:
     """A projection is a convolution or linear layer, or ends in one, with nothing but norms behind it."""
-    inner = [own for own, m in part_of(attention, name).named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    inner = [own for own, m in part_of(attention, name).named_modules() if isinstance(m, LAYERS)]
     return ".".join(filter(None, (name, inner[-1])))
 
 

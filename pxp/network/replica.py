@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from .attention import make_explicit
 from .bake import bake
 from .gated import show_hidden
-from .layers import ACTIVATIONS, BLOCKS, is_activation
+from .layers import ACTIVATIONS, BLOCKS, SLOW, is_activation
 from .outputs import tensors
 
 
@@ -68,6 +68,9 @@ def replica(model: nn.Module) -> nn.Module:
             module.inplace = False  # type: ignore[assignment]
         elif isinstance(module, BLOCKS) and module.activation in ACTIVATIONS:  # what activation="gelu" stands for
             module.activation = ACTIVATIONS[module.activation]().eval()
+        for name, value in SLOW.items():
+            if name in vars(module):
+                setattr(module, name, value)
     show_hidden(twin)
     return make_explicit(twin)
 

@@ -30,10 +30,12 @@ Pass = Callable[[Callable, tuple, dict, Kind], Any]
 SAME = ("contiguous", "clone", "view_as", "to", "float", "double", "half", "bfloat16", "cpu", "cuda", "view", "reshape",
         "flatten", "squeeze", "unsqueeze")  # fmt: skip
 SOFTMAX = "a softmax that neither weighs a signal nor ends the network"
-ENDS = ("softmax", "log_softmax", "sigmoid")
 OWN, DEPENDENT = "weights of its own", "a weight that depends on the input"
+UNSEEN = "what cannot be followed (TorchScript, vmap, an autograd.Function, writing into a view)"
 # of the second tensor only the shape or the type counts
 LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "to")
+# gives values to Python
+ASKS = ("bool", "item", "tolist", "int", "float", "index", "numpy", "array", "equal", "allclose", "is_nonzero")
 # of all of them
 MADE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
         "new_full", "new_empty", "new_tensor")  # fmt: skip
@@ -93,7 +95,11 @@ class Signals(TorchFunctionMode):
         Layer with a rule → its bit.
     changed : bool
         Whether there is a function whose backward pass ``passes`` has changed or would change.
+    asked : bool
+        Whether the forward pass has read a value that depends on the images, as whoever branches on it does.
     """
+
+    strict = False  # whether what no operation was seen to make is a fault; needs images that want a gradient, no rules
 
     def __init__(self, twin: nn.Module, images: Tensor, passes: Mapping[str, Pass] | None = None) -> None:
         super().__init__()
@@ -103,8 +109,9 @@ class Signals(TorchFunctionMode):
         self.passes = passes
         self.inside = [""]  # the modules that are running, the innermost last; a hook may run behind the model itself
         self.layers: dict[str, int] = {}
-        self.changed = False
+        self.changed = self.asked = False
         self._signals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()  # truths and numbers that depend on the images
         self._signals[images] = Signal()
         self._entered: WeakIdKeyDictionary = WeakIdKeyDictionary()  # probabilities → what the softmax was given
 
@@ -128,7 +135,12 @@ class Signals(TorchFunctionMode):
 
     def of(self, tensor: object) -> Signal | None:
         """What is known of a tensor; None if it does not depend on the images."""
-        return self._signals.get(tensor) if isinstance(tensor, Tensor) else None
+        if not isinstance(tensor, Tensor):
+            return None
+        known = self._signals.get(tensor)
+        if known is None and self.strict and tensor.grad_fn is not None:
+            return Signal(faults=frozenset({(self.inside[-1], UNSEEN)}))
+        return known
 
     def logits(self, output: Tensor) -> Tensor:
         """What enters the softmax or sigmoid with which a network ends; the output of one that does not."""
@@ -162,8 +174,18 @@ class Signals(TorchFunctionMode):
 
     def mark(self, made: object, signal: Signal) -> None:
         for tensor in tensors(made):
-            if tensor.is_floating_point() or tensor.is_complex():  # neither truths nor indices carry relevance
+            if tensor.is_floating_point() or tensor.is_complex():
                 self._signals[tensor] = signal
+            else:  # neither truths nor indices carry relevance
+                self._values[tensor] = None
+
+    def _ask(self, func: Callable, result: object) -> None:
+        """Note a question about values, and truths and numbers that only follow from such."""
+        if isinstance(result, Tensor):
+            if not result.is_floating_point():
+                self._values[result] = None
+        elif getattr(func, "__name__", "").strip("_") in ASKS:
+            self.asked = True
 
     def _through(self, kind: Kind | None, given: list[Signal], layer: str | None = None) -> Signal:
         """What comes out of an operation of this kind."""
@@ -185,7 +207,10 @@ class Signals(TorchFunctionMode):
             given = {}
         known = {key: signal for key, tensor in given.items() if (signal := self.of(tensor)) is not None}
         if not known:
-            return func(*args, **options)
+            result = func(*args, **options)
+            if any(tensor in self._values for tensor in given.values()):
+                self._ask(func, result)
+            return result
         name = self.inside[-1]
         trusted = self.kinds[name] is not None or isinstance(self.modules[name], Attention)
         args, options = _by_position(func, kind, args, options)
@@ -202,10 +227,11 @@ class Signals(TorchFunctionMode):
             result = func(*args, **options) if apply is None else apply(func, args, options, kind)
         else:
             result = func(*args, **options)
+        self._ask(func, result)
         made = args[0] if result is None else result  # x[0] = y has none
         self.mark(made, self._through(kind, kept))
         if kind is not None and isinstance(result, Tensor):
-            if func.__name__ in ENDS:
+            if kind.passes == "softmax" or kind.name == "gate":
                 self._remember(result, args[0])
             elif func.__name__ in SAME and isinstance(args[0], Tensor) and args[0] in self._entered:
                 entered = self._entered[args[0]]

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .attention import Described
 from .attentions import form_of
 from .gated import last_layer
+from .layers import LINEAR
 from .projections import inputs_of, part_of
 
 
@@ -39,7 +40,7 @@ def silence_heads(module: nn.Module, kept: Tensor) -> list:
 
         def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             off = ~kept.to(inputs[0].device).repeat_interleave(width)
-            off = off if isinstance(projection, nn.Linear) else off.view(-1, 1, 1)  # of an image
+            off = off if isinstance(projection, LINEAR) else off.view(-1, 1, 1)  # of an image
             return inputs[0].masked_fill(off, 0), *inputs[1:]
 
         return [projection.register_forward_pre_hook(zero)]

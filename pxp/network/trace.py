@@ -15,7 +15,7 @@ from .attention import Attention
 from .layers import LAYERS, LINEAR, TRANSPOSED, is_activation, is_batch_norm
 from .outputs import tensors
 from .replica import eager, out_of_memory, replica
-from .signals import Signal, Signals, by_keyword
+from .signals import UNSEEN, Signal, Signals, by_keyword
 
 T = TypeVar("T")
 
@@ -43,10 +43,11 @@ class Trace:
         Module → what its forward pass computes on the way to the output though there is no rule for it:
         ``"attention"``, or the name of a function.
     gates : tuple of str
-        Layers that only weigh others: the output depends on them through gates alone.
+        Layers that only weigh others: the output depends on them through gates alone, or they see nothing of the image.
     followed : bool
         Functions have to be followed in every pass that explains: there are products of signals, activations or
-        normalisations that no module computes, or the network ends in a softmax.
+        normalisations that no module computes, the network ends in a softmax, or it reads a value on which it may
+        branch.
     elsewhere : tuple of str
         BatchNorms that take something else too than the output of one layer.
     samples : dict
@@ -122,6 +123,7 @@ class _Call:
     output: _Key
     tensor: Tensor
     read: Tensor
+    constant: bool
     norm: str = ""
     norm_output: _Key | None = None
     activation: str | None = None
@@ -138,6 +140,8 @@ def _fits(layer: nn.Module, output: Tensor) -> bool:
 
 class _Uses(Signals):
     """Counts how many operations take each tensor. An activation or a BatchNorm is one, whatever it computes."""
+
+    strict = True
 
     def __init__(self, twin: nn.Module, images: Tensor) -> None:
         super().__init__(twin, images)
@@ -189,7 +193,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
                 if source is not None and source.activation is None:
                     source.activation = name
             else:
-                calls.append(_Call(name, _key(output), output, inputs[0]))
+                calls.append(_Call(name, _key(output), output, inputs[0], uses.of(inputs[0]) is None))
                 producer[_key(output)] = calls[-1]
 
         return hook
@@ -202,8 +206,8 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
         return counting
 
-    with torch.inference_mode(False):
-        images = images.clone() if images.is_inference() else images
+    with torch.inference_mode(False), torch.enable_grad():
+        images = images.clone().requires_grad_().clone()  # which a network may overwrite
     uses = _Uses(twin, images)
     for name, module in modules.items():
         if isinstance(module, LAYERS) or is_batch_norm(module) or is_activation(module):
@@ -213,10 +217,11 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
             vars(module)["attend"] = counted(name, module.attend)
-    with torch.inference_mode(False), torch.no_grad(), eager(), uses.watching():
+    with torch.inference_mode(False), torch.enable_grad(), eager(), uses.watching():
         output = twin(images)
     answer = next(tensors(getattr(output, "logits", output)), None)
-    reached = uses.of(answer if answer is None else uses.logits(answer)) or Signal()
+    unseen = Signal(faults=frozenset({("", UNSEEN)}))
+    reached = uses.of(answer if answer is None else uses.logits(answer)) or unseen
     faults: dict[str, dict[str, None]] = {}
     for name, what in sorted(reached.faults):
         faults.setdefault(name, {})[what] = None
@@ -250,9 +255,11 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     unclear = [
         call.layer
         for call in calls
-        if len(call.tensor) != len(images)
+        if call.constant
+        or len(call.tensor) != len(images)
         or (isinstance(modules[call.layer], LINEAR) and len(images) in call.tensor.shape[1:-1])
     ]
+    gates = tuple(layer for layer in norms if not reached.layers & uses.layers.get(layer, 0))
     merged = Counter(call.norm for call in calls)
     activations = {layer: found.pop() for layer, found in followers.items() if len(found) == 1}
     return Trace(
@@ -263,10 +270,10 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         positions,
         tuple(overwritten),
         {name: tuple(found) for name, found in faults.items()},
-        tuple(layer for layer, bit in uses.layers.items() if not reached.layers & bit),
-        uses.changed or (answer is not None and uses.logits(answer) is not answer),
+        () if any(what == UNSEEN for _, what in reached.faults) else gates,
+        uses.changed or uses.asked or (answer is not None and uses.logits(answer) is not answer),
         tuple(norm for norm, number in runs.items() if number > merged[norm]),
-        _dimensions_of_samples(model, images[:1], unclear) if unclear else {},
+        _dimensions_of_samples(model, images[:1].detach(), unclear) if unclear else {},
         dict(products),
     )
 
