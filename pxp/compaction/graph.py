@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..network.attention import Attention
+from ..network.fold import Merged
 from ..network.gated import hide_hidden, is_gated, last_layer
 from ..network.layers import BATCH_NORMS, IDENTITIES, SCALES, WHOLE, is_activation, is_normalisation, qualified
 from ..network.replica import replica
@@ -205,7 +206,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, Attention | Affine | Constant | Expand | Join | Select | Switch)
+        known = isinstance(m, Attention | Merged | Affine | Constant | Expand | Join | Select | Switch)
         known = known or is_activation(m) or is_normalisation(m) or m in self.cut or _is_random(m)
         known = known or (isinstance(m, BATCH_NORMS) and not m._modules) or qualified(type(m)) in (*IDENTITIES, *SCALES)
         last, start = last_layer(m), f"{module_qualified_name}."
