@@ -34,7 +34,7 @@ help:
 	@echo "make clean      remove what was built; the environments stay"
 	@echo
 	@echo "The tiers of tests besides make test:"
-	@echo "make zoo            find, explain, mask and compact 104 networks"
+	@echo "make zoo            find, explain, mask and compact 104 networks (WRITE=1: store it, write the page of the book)"
 	@echo "make oldest         unit tests on the oldest versions that requirements.txt allows"
 	@echo "make colab-resolve  what an install would change in Colab: nothing (needs a package index)"
 	@echo "make links          look up every link of the book (needs the network)"
@@ -77,7 +77,7 @@ unit: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 tests
 
 zoo: .venv/.installed
-	cd tests && ../$(BIN)/python -m zoo.run
+	cd tests && ../$(BIN)/python -m zoo.run $(if $(WRITE),--write)
 
 oldest: .venv-oldest/.installed
 	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 tests

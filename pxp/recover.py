@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from .criteria import Criterion
 from .data import Data
 from .masks import Mask, masked
 from .network.components import Components
+from .network.layers import is_batch_norm
 from .network.outputs import logits_of
 from .network.replica import evaluating
 from .scores import Scores
 from .search.studies import fingerprints, whole
+
+WARM = 0.3  # of all steps, while the learning rate rises
 
 
 def prune_gradually(
@@ -115,15 +119,18 @@ def finetune(
     state: str | Path | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Train a pruned network for a short time; all its weights, but none that was removed can come back.
+    """Train a pruned network for a short time; all weights that are not frozen, but none that was removed comes back.
 
-    AdamW with a one-cycle learning rate on the cross-entropy of the labels; with a teacher, its mean with the
-    divergence from the teacher's softened outputs (Hinton et al. 2015, arXiv:1503.02531).
+    AdamW on the cross-entropy of the labels; with a teacher, its mean with T² times the divergence from the teacher's
+    outputs softened by the temperature T (Hinton et al. 2015, arXiv:1503.02531). The learning rate rises linearly over
+    the first 30 % of the steps and falls to 0 by a cosine, however few steps there are. The order of the images is
+    another one in every epoch. Dropout is random and BatchNorm measures each batch, as in any training; a BatchNorm
+    whose parameters are all frozen keeps its statistics.
 
     Parameters
     ----------
     model : nn.Module
-        Best a compact one. Left as it is: a copy is trained.
+        Best a compact one. Left as it is: a copy is trained. Parameters that want no gradient stay as they are.
     data : (images, labels), Dataset or DataLoader
         Training images. Read once and kept in memory.
     epochs : int, default 1
@@ -132,6 +139,7 @@ def finetune(
     lr : float, default 1e-3
         Highest learning rate.
     batch_size : int, default 128
+        A single image that would be left over joins the batch before it.
     temperature : float, default 2
         Softens both outputs for the comparison with the teacher.
     seed : int, default 0
@@ -149,8 +157,8 @@ def finetune(
     Raises
     ------
     ValueError
-        ``epochs``, ``lr``, ``batch_size`` or ``temperature`` that is not positive; a network without parameters;
-        weights that become infinite or NaN; a file that is not this run's state.
+        ``epochs``, ``lr``, ``batch_size`` or ``temperature`` that is not positive; a network without parameters, or
+        with frozen ones only; weights that become infinite or NaN; a file that is not this run's state.
     FileNotFoundError
         No folder for the state.
     """
@@ -160,13 +168,14 @@ def finetune(
             raise ValueError(f"{name} must be positive and finite, got {value}")
     images, labels = whole(data)
     trained = copy.deepcopy(model)
-    parameters = [parameter.requires_grad_() for parameter in trained.parameters()]
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
+        found = "no parameters" if next(trained.parameters(), None) is None else "only frozen parameters"
+        raise ValueError(f"{type(model).__name__} has {found}, so there is nothing to train")
     images, labels = images.to(parameters[0]), labels.to(parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=lr)
-    batches_per_epoch = -(-len(labels) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches_per_epoch)
+    batches_per_epoch = len(_batches(torch.arange(len(labels)), batch_size))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share, steps=epochs * batches_per_epoch))
     parts: dict[str, Any] = {"network": trained, "optimizer": optimizer, "schedule": schedule}
     about: dict[str, Any] = {}
     begun = 0
@@ -183,10 +192,14 @@ def finetune(
     devices = [parameters[0].device] if parameters[0].is_cuda else []
     with bar, torch.random.fork_rng(devices), evaluating(teacher or nn.Module()):
         trained.train()
+        for module in trained.modules():
+            own = [parameter.requires_grad for parameter in module.parameters()]
+            if is_batch_norm(module) and own and not any(own):
+                module.eval()
         for epoch in range(begun, epochs):
             torch.manual_seed(seed + epoch)  # for dropout, too
             order = torch.randperm(len(labels))
-            for index in order.split(batch_size):
+            for index in _batches(order, batch_size):
                 x, y = images[index], labels[index]
                 logits = logits_of(trained(x))
                 loss = F.cross_entropy(logits, y)
@@ -205,6 +218,20 @@ def finetune(
                 _save(state, about, epoch + 1, {name: part.state_dict() for name, part in parts.items()})
     trained.eval()
     return trained
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the highest learning rate, at the middle of each step."""
+    place = (step + 0.5) / steps
+    return place / WARM if place < WARM else (1 + math.cos(math.pi * (place - WARM) / (1 - WARM))) / 2
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """Indices by batches, none of a single image: BatchNorm has nothing to measure on it."""
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1 < size:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def _divergence(logits: Tensor, goal: Tensor, temperature: float) -> Tensor:

@@ -92,6 +92,107 @@ def test_a_teacher_is_imitated():
     assert distance(taught) < distance(alone)
 
 
+def changes(before, after) -> dict[str, float]:
+    """Parameter → how far it moved, at most."""
+    moved = dict(after.named_parameters())
+    return {name: float((moved[name] - value).abs().max().detach()) for name, value in before.named_parameters()}
+
+
+@pytest.mark.parametrize(("epochs", "batch_size"), [(1, 60), (1, 30), (3, 60)])
+def test_a_few_steps_train_too(epochs, batch_size):
+    """AdamW's first step moves a weight by about the learning rate."""
+    _, small, images, labels = task()
+    moved = changes(small, pxp.finetune(small, (images, labels), epochs=epochs, batch_size=batch_size, lr=1e-3))
+    assert max(moved.values()) > 3e-4
+    steps = epochs * -(-60 // batch_size)
+    shares = [pxp.recover._share(step, steps) for step in range(steps)]
+    assert min(shares) > 0.05 and 0.4 < sum(shares) / steps < 0.9
+
+
+def test_the_learning_rate_rises_and_falls():
+    shares = [pxp.recover._share(step, 100) for step in range(100)]
+    assert max(shares) == shares[30] > 0.99 and shares[0] < 0.02 and shares[-1] < 0.001
+    assert shares[:31] == sorted(shares[:31]) and shares[30:] == sorted(shares[30:], reverse=True)
+
+
+class WithNorm(torch.nn.Module):
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = torch.nn.Conv2d(1, 4, 5, stride=4), torch.nn.BatchNorm2d(4, affine=affine)
+        self.drop, self.head = torch.nn.Dropout(0.5), torch.nn.Linear(4, 3)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.detach())
+        return self.head(self.drop(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+
+def test_what_is_frozen_stays():
+    _, _, images, labels = task()
+    model = WithNorm()
+    model.conv.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    trained = pxp.finetune(model, (images, labels), batch_size=20)
+    moved = changes(model, trained)
+    assert {name for name, most in moved.items() if most} == {"head.weight", "head.bias"}
+    assert torch.equal(trained.norm.running_mean, model.norm.running_mean) and trained.norm.num_batches_tracked == 0
+    model.norm.weight.requires_grad_()
+    trained = pxp.finetune(model, (images, labels), batch_size=20)
+    assert trained.norm.num_batches_tracked == 3 and changes(model, trained)["norm.bias"] == 0
+    assert pxp.finetune(WithNorm(affine=False), (images, labels)).norm.num_batches_tracked == 1
+    with pytest.raises(ValueError, match="WithNorm has only frozen parameters"):
+        pxp.finetune(model.requires_grad_(False), (images, labels))
+
+
+def test_what_is_frozen_stays_frozen_when_it_is_compacted():
+    model, _, _, units = network("vgg")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("features.0") and not name.startswith("features.1."))
+    small = pxp.compact(model, pxp.attribute(model, None, units, pxp.Random()).select(0.5))
+    learns = {name: parameter.requires_grad for name, parameter in small.named_parameters()}
+    assert {name for name, does in learns.items() if not does} == {"features.0.weight", "features.0.bias"}
+    images, labels = torch.rand(20, 1, 28, 28).double(), torch.arange(20) % 3
+    moved = changes(small, pxp.finetune(small, (images, labels)))
+    assert {name for name, most in moved.items() if not most} == {"features.0.weight", "features.0.bias"}
+
+
+def test_dropout_is_random_and_a_norm_measures():
+    _, _, images, labels = task()
+    model = WithNorm().eval()
+    trained = pxp.finetune(model, (images, labels), lr=1e-9, batch_size=60)  # as good as no step
+    expected = model.conv(images).mean((0, 2, 3))
+    assert torch.allclose(trained.norm.running_mean, 0.1 * expected, atol=1e-5) and not trained.norm.training
+    less = pxp.finetune(model, (images, labels), seed=1, batch_size=60)
+    more = pxp.finetune(model, (images, labels), seed=2, batch_size=60)  # another order of one batch changes nothing
+    assert max(changes(less, more).values()) > 1e-4
+
+
+def test_every_epoch_has_an_order_of_its_own_and_no_batch_of_one():
+    _, _, images, labels = task()
+    images = torch.arange(41.0)[:, None, None, None].expand(41, 1, 9, 9)
+    model = WithNorm()
+    seen = pxp.finetune(model, (images, labels[:41]), epochs=2, batch_size=20).seen
+    orders = [[int(value) for x in seen[start : start + 2] for value in x[:, 0, 0, 0]] for start in (0, 2)]
+    assert [len(x) for x in seen] == [20, 21, 20, 21]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(41))
+    again = pxp.finetune(model, (images, labels[:41]), epochs=2, batch_size=20).seen
+    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        pxp.finetune(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(81), torch.nn.Linear(81, 3)),
+                     (images[:3], labels[:3]), batch_size=1)  # fmt: skip
+
+
+def test_the_divergence_has_the_scale_of_the_cross_entropy():
+    """Its gradient is T²·(softmax(z/T) − softmax(t/T))/T per sample, about that of T = 1 (Hinton et al. 2015, eq. 4)."""
+    torch.manual_seed(0)
+    logits, goal = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+    for temperature in (1.0, 2.0, 8.0):
+        (gradient,) = torch.autograd.grad(pxp.recover._divergence(logits, goal, temperature), logits)
+        soft, target = (logits / temperature).softmax(1), (goal / temperature).softmax(1)
+        assert torch.allclose(gradient, temperature * (soft - target) / 5)
+
+
 class Stop(Exception):
     pass
 

@@ -46,7 +46,8 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
     Returns
     -------
     torch.fx.GraphModule
-        An ordinary module in evaluation mode whose layers have the names that they had. It can be trained, saved with
+        An ordinary module in evaluation mode whose layers have the names that they had. What is frozen in the model is
+        frozen in it, a bias that a merged BatchNorm leaves with its layer. It can be trained, saved with
         :func:`pxp.save_compact`, compiled, exported, explained and compacted again. In training its dropouts are random
         as the model's are; what else a forward pass does only in training, by an ``if self.training`` of its own, is
         gone. Where the model decides by the size of the image, the result decides as ``example`` does, and raises
@@ -67,9 +68,11 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
     blueprint = Blueprint(model, mask.units, example)
     with torch.inference_mode(False), torch.no_grad():
         small = blueprint.network(mask)
-        for module in small.modules():
+        trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for inside, module in small.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+                learns = _learns(f"{inside}.{name}".lstrip("."), trainable)
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=learns))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.detach().clone())
         try:
@@ -152,6 +155,15 @@ class Blueprint:
             same = len(pairs) == len(expected) > 0 and all(a.shape == b.shape for a, b in pairs)
             if not same or not all(_distance(a, b) <= tolerance for a, b in pairs):  # also NaN
                 raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
+
+
+def _learns(name: str, trainable: dict[str, bool]) -> bool:
+    """Whether a parameter of the smaller network wants a gradient: as its own of that name, or those around it, do."""
+    found = [trainable[name]] if name in trainable else []
+    while not found:
+        name = name.rpartition(".")[0]
+        found = [learns for own, learns in trainable.items() if not name or own.startswith(f"{name}.")]
+    return any(found)
 
 
 def _accepts(twin: nn.Module, images: Tensor) -> bool:

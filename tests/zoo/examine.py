@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class Row:
     @property
     def status(self) -> str:
         return "wrong" if self.wrong else "refused" if self.stops else "complete"
+
+    def as_dict(self) -> dict:
+        return asdict(self)
 
 
 def examine(entry: Entry) -> Row:
