@@ -4,7 +4,8 @@ The names below follow the data flow: model and reference images â†’ attribute â
 """
 
 from . import plots
-from .attribute import attribute, heatmap
+from .attribute import attribute, attribute_draws, heatmap
+from .bars import progress
 from .budget import latencies, within_budget
 from .compaction.compact import compact, load_compact, save_compact
 from .conservation import Conservation, conservation
@@ -16,7 +17,7 @@ from .lrp.composites import LRP, depth_groups
 from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
 from .masks import Mask, masked
-from .models import load_model, model_card
+from .models import device, load_model, model_card
 from .network.attentions import register_attention
 from .network.components import Components, find_components
 from .network.layers import register_layer
@@ -56,12 +57,14 @@ __all__ = [
     "ZPlus",
     "accuracy",
     "attribute",
+    "attribute_draws",
     "compact",
     "compare",
     "compare_costs",
     "conservation",
     "cost",
     "depth_groups",
+    "device",
     "find_components",
     "finetune",
     "heatmap",
@@ -74,6 +77,7 @@ __all__ = [
     "masked",
     "model_card",
     "plots",
+    "progress",
     "prune_gradually",
     "pruning_curve",
     "reference_samples",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from .criteria import Criterion
+from .criteria import Criterion, Random
 from .data import Data
 from .input_probe import InputProbe
 from .lrp.composites import LRP, LayerComposite
@@ -99,6 +99,52 @@ def attribute(
         criterion=type(criterion).__name__ if isinstance(criterion, Composite) else repr(criterion),
         samples=probe.samples,
     )
+
+
+def attribute_draws(
+    model: nn.Module,
+    draws: Iterable[Data],
+    units: Components,
+    criterion: Criterion | Composite,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[Scores]:
+    """Score with several draws of reference samples: one ranking for each, as :func:`pxp.pruning_curve` takes them.
+
+    How much a result depends on the draw is seen in no other way; ten draws are few.
+
+    Parameters
+    ----------
+    model, units, criterion, batch_size, progress
+        As for :func:`attribute`.
+    draws : iterable of (images, labels), DataLoader or Dataset
+        Each what :func:`attribute` takes, such as ``[pxp.reference_samples(data.train, seed=s) for s in range(10)]``.
+
+    Returns
+    -------
+    list of Scores
+        In the order of the draws. Alike, but for :class:`pxp.Random`, whose draws have its seed and the following ones.
+
+    Raises
+    ------
+    ValueError
+        No draw; as :func:`attribute`, with the number of the draw.
+    TypeError
+        ``draws`` is a single (images, labels).
+    """
+    if isinstance(draws, tuple | list) and len(draws) == 2 and isinstance(draws[0], Tensor):
+        raise TypeError("draws must be several sets of (images, labels), got one; put it into a list")
+    found = []
+    for number, refs in enumerate(draws):
+        one = replace(criterion, seed=criterion.seed + number) if isinstance(criterion, Random) else criterion
+        try:
+            found.append(attribute(model, refs, units, one, batch_size=batch_size, progress=progress))
+        except ValueError as error:
+            raise ValueError(f"draw {number}: {error}") from error
+    if not found:
+        raise ValueError("there is no draw of reference samples")
+    return found
 
 
 def heatmap(

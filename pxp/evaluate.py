@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
+from .bars import bar
 from .budget import latencies
 from .data import Data, shipped_file
 from .scores import Scores
@@ -239,8 +239,8 @@ def pruning_curve(
     price = latencies(model, several[0].units) if cost == "latency" else cost
     masks = [[one.select(rate, **{**settings, "cost": price}) for rate in rates] for one in several]  # type: ignore
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)  # runs share the unpruned network, and more
-    with tqdm(desc="prune", unit="image", unit_scale=True, delay=5, leave=False, disable=not progress) as bar:
-        runs = tuple(tuple(sweep.accuracies(row, bar.update)) for row in masks)
+    with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
+        runs = tuple(tuple(sweep.accuracies(row, ahead.update)) for row in masks)
     return Curve(tuple(rates), runs, several[0].criterion, settings)
 
 

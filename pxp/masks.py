@@ -78,6 +78,32 @@ class Mask(ByLayer):
         """Fraction of components that are pruned."""
         return 1 - self.kept / self.units.total
 
+    @classmethod
+    def all(cls, units: Components) -> Mask:
+        """Keep everything."""
+        return cls(units, {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()})
+
+    def __and__(self, other: Mask) -> Mask:
+        """Keep what both keep."""
+        return self._with(other, torch.logical_and)
+
+    def __or__(self, other: Mask) -> Mask:
+        """Keep what one of the two keeps."""
+        return self._with(other, torch.logical_or)
+
+    def __invert__(self) -> Mask:
+        """Keep what this one prunes."""
+        return Mask(self.units, {name: ~kept for name, kept in self.items()})
+
+    def _with(self, other: Mask, combined: Callable[[Tensor, Tensor], Tensor]) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        sizes = [{name: (layer.kind, layer.size) for name, layer in mask.units.items()} for mask in (self, other)]
+        if sizes[0] != sizes[1]:
+            odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
+            raise ValueError(f"the masks are of other components: {', '.join(dict.fromkeys(odd))}")
+        return Mask(self.units, {name: combined(kept, other[name].to(kept.device)) for name, kept in self.items()})
+
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
         save_tensors(path, "mask", self.units, {"kept": self})

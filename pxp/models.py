@@ -156,6 +156,18 @@ def _load(name: str, weights: str | None, folder: str | Path | None) -> nn.Modul
     )
 
 
+def device() -> torch.device:
+    """Where a notebook should compute: a CUDA device if there is one, else the CPU.
+
+    Apple's MPS is not chosen: it has no float64, in which scores are added up on other devices.
+
+    Returns
+    -------
+    torch.device
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def model_card(name: str) -> dict:
     """The card of a shipped network: parameters, recipe, seed, data split, accuracy on the 10,000 test images, hash.
 

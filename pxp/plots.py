@@ -52,6 +52,15 @@ def use_style() -> None:
     plt.rcParams.update({**STYLE, "axes.prop_cycle": cycler(color=COLORS)})
 
 
+def style(index: int) -> dict[str, Any]:
+    """Colour, line style and marker of the ``index``-th thing in a figure, as keywords of ``ax.plot``.
+
+    Things that a reader cannot tell apart by colour differ in the two others; from the eighth on they repeat.
+    """
+    at = index % len(COLORS)
+    return {"color": COLORS[at], "linestyle": LINES[at], "marker": MARKERS[at], "markersize": 5}
+
+
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
@@ -80,15 +89,7 @@ def curves(named: Mapping[str, Curve], ax: Axes | None = None, *, chance: float 
     ax = _axes(ax)
     for index, (label, curve) in enumerate(named.items()):
         rates = 100 * np.asarray(curve.rates)
-        ax.plot(
-            rates,
-            100 * curve.accuracy,
-            color=COLORS[index % len(COLORS)],
-            linestyle=LINES[index % len(LINES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            label=f"{label} ({curve.a_pr:.2f})",
-        )
+        ax.plot(rates, 100 * curve.accuracy, **style(index), label=f"{label} ({curve.a_pr:.2f})")
         if len(curve.runs) > 1:
             low, high = curve.interval()
             ax.fill_between(rates, 100 * low, 100 * high, color=COLORS[index % len(COLORS)], alpha=0.18, linewidth=0)

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from zennit.core import Composite
 
+from .bars import bar
 from .baseline import Baseline, on_the_way
 from .data import Data, batches
 from .network.bake import need_weight
@@ -76,8 +76,7 @@ class Probe:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Reference samples, checked, on the model's device and in its dtype: (images, labels) at a time."""
         parts = batches(self._refs, self._batch_size)
-        options = {"delay": 5, "leave": False, "disable": not self._progress}
-        for images, labels in tqdm(parts, desc="attribute", unit="batch", **options):
+        for images, labels in bar(parts, show=self._progress, desc="attribute", unit="batch"):
             images, labels = checked(self.model, images, labels)
             if self.samples == 0 and once(self.model, "replica"):
                 with forgotten(self.model):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from zennit.core import Composite
 
 from .attribute import attribute
+from .bars import bar
 from .criteria import Criterion
 from .data import Data
 from .masks import Mask, masked
@@ -87,8 +87,8 @@ def prune_gradually(
         saved = _load(state, about)
         if saved is not None:
             mask, begun = Mask(units, saved["kept"]), saved["done"]
-    bar = tqdm(range(begun + 1, steps + 1), desc="prune", delay=5, leave=False, disable=not progress)
-    for step in bar:
+    rounds = bar(range(begun + 1, steps + 1), show=progress, desc="prune")
+    for step in rounds:
         with masked(model, mask):
             scores = attribute(model, refs, units, criterion, batch_size=batch_size, progress=False)
         chosen = scores if by == "magnitude" else scores.signed
@@ -188,9 +188,9 @@ def finetune(
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             begun = saved["done"]
-    bar = tqdm(total=(epochs - begun) * batches_per_epoch, desc="finetune", delay=5, leave=False, disable=not progress)
+    ahead = bar(show=progress, total=(epochs - begun) * batches_per_epoch, desc="finetune")
     devices = [parameters[0].device] if parameters[0].is_cuda else []
-    with bar, torch.random.fork_rng(devices), evaluating(teacher or nn.Module()):
+    with ahead, torch.random.fork_rng(devices), evaluating(teacher or nn.Module()):
         trained.train()
         for module in trained.modules():
             own = [parameter.requires_grad for parameter in module.parameters()]
@@ -211,7 +211,7 @@ def finetune(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                bar.update()
+                ahead.update()
             if not all(bool(parameter.isfinite().all()) for parameter in parameters):
                 raise ValueError(f"weights are infinite or NaN after epoch {epoch + 1} of {epochs}; lower lr={lr:g}")
             if state is not None:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from zennit.core import Composite
 
 from ..attribute import attribute
+from ..bars import bar
 from ..budget import Budget, latencies
 from ..criteria import Criterion, Taylor
 from ..data import Data
@@ -348,14 +348,14 @@ def tune(
             done = (TrialState.COMPLETE, TrialState.PRUNED)
             return sum(t.state in done or (t.state == TrialState.FAIL and "reason" in t.user_attrs) for t in trials)
 
-        bar = tqdm(total=n_trials, initial=ended(), desc="tune", delay=5, leave=False, disable=not progress)
+        ahead = bar(show=progress, total=n_trials, initial=ended(), desc="tune")
 
         def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            bar.update()
+            ahead.update()
             if n_trials is not None and ended() >= n_trials:
                 study.stop()
 
-        with bar:
+        with ahead:
             left = None if n_trials is None else max(0, n_trials - ended())
             done = isinstance(study.sampler, optuna.samplers.GridSampler) and study.sampler.is_exhausted(study)
             if left != 0 and not done:
