@@ -2,7 +2,7 @@
 
 # The tiers of tests: .ci/run runs `make test`, a weekly workflow all of them. Budgets are for 2 cores, after the install:
 # 20 minutes for `make test`, which needs no network then; 45 for each of the others.
-TIERS := test zoo oldest colab-resolve links
+TIERS := test zoo mutants oldest colab-resolve links
 
 PYTHON ?= python3
 # for the tiers of these names: the oldest supported Python, and Colab's
@@ -35,6 +35,7 @@ help:
 	@echo
 	@echo "The tiers of tests besides make test:"
 	@echo "make zoo            find, explain, mask and compact 104 networks (WRITE=1: store it, write the page of the book)"
+	@echo "make mutants        apply some fifty one-line faults, one at a time: tests must fail each time"
 	@echo "make oldest         unit tests on the oldest versions that requirements.txt allows"
 	@echo "make colab-resolve  what an install would change in Colab: nothing (needs a package index)"
 	@echo "make links          look up every link of the book (needs the network)"
@@ -78,6 +79,9 @@ unit: .venv/.installed
 
 zoo: .venv/.installed
 	cd tests && ../$(BIN)/python -m zoo.run $(if $(WRITE),--write)
+
+mutants: .venv/.installed
+	cd tests && ../$(BIN)/python -m mutants.run
 
 oldest: .venv-oldest/.installed
 	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 tests
