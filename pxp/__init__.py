@@ -1,6 +1,7 @@
 """pxp: prune vision networks by explaining them (Hatefi et al. 2024, arXiv:2408.12568).
 
 The names below follow the data flow: model and reference images → attribute → scores → select → mask → evaluate.
+Rules and criteria are values: ``eval(repr(x)) == x`` after ``from pxp import *``.
 """
 
 from . import plots

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,8 +113,8 @@ class IntegratedGradients(Criterion):
 
     def __post_init__(self) -> None:
         check_start(self.start)
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        object.__setattr__(self, "steps", as_count("steps", self.steps))
+        object.__setattr__(self, "influence", bool(self.influence))
         object.__setattr__(self, "baseline", as_baseline(self.baseline))
 
     def __repr__(self) -> str:
@@ -193,6 +194,9 @@ class Magnitude(Criterion):
 
     folded: bool = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folded", bool(self.folded))
+
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         yield {name: weight.norm(dim=1)[None, None] for name, weight in probe.weights(folded=self.folded).items()}
 
@@ -204,9 +208,17 @@ class Random(Criterion):
     Parameters
     ----------
     seed : int, default 0
+
+    Raises
+    ------
+    ValueError
+        A seed that is no whole number.
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", as_count("seed", self.seed, least=0))
 
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -214,6 +226,19 @@ class Random(Criterion):
             name: torch.rand(layer.size, generator=generator, dtype=torch.float64)[None, None]
             for name, layer in probe.units.items()
         }
+
+
+def as_count(name: str, value: object, least: int = 1) -> int:
+    """A whole number as an int, whatever kind of number it was.
+
+    Raises
+    ------
+    ValueError
+        No whole number, or one below ``least``.
+    """
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
 
 
 def check_start(start: str) -> None:

@@ -21,6 +21,7 @@ from .attribute import attribute
 from .bars import bar
 from .criteria import Criterion
 from .data import Data
+from .identity import identity
 from .masks import Mask, masked
 from .network.components import Components
 from .network.layers import is_batch_norm
@@ -70,8 +71,8 @@ def prune_gradually(
     Raises
     ------
     ValueError
-        ``steps`` that is no number of steps; a file that is not this run's state; as :func:`pxp.attribute` and
-        :meth:`pxp.Scores.select`.
+        ``steps`` that is no number of steps; a file that is not this run's state; a state of a criterion that nothing
+        tells from others, see :func:`pxp.identity.identity`; as :func:`pxp.attribute` and :meth:`pxp.Scores.select`.
     FileNotFoundError
         No folder for the state.
     """
@@ -81,7 +82,9 @@ def prune_gradually(
     nothing.select(rate, by=by, min_keep=min_keep)  # a wrong value is an error now, not after the first attribution
     mask, begun, about = nothing.select(0), 0, {}
     if state is not None:
-        about = {"rate": float(rate), "steps": steps, "by": by, "min_keep": min_keep, "criterion": repr(criterion)}
+        if (mark := identity(criterion)) is None:
+            raise ValueError(f"a state needs a criterion that can be told from others by its values, got {criterion!r}")
+        about = {"rate": float(rate), "steps": steps, "by": by, "min_keep": min_keep, "criterion": mark}
         about |= {"components": repr(units), "network": _digest(_tensors(model))}
         about |= {"references": None if refs is None else _digest(whole(refs))}
         saved = _load(state, about)

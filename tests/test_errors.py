@@ -216,15 +216,15 @@ RULES = {
     "unknown start": (lambda: pxp.LRP(start="softmax"), ValueError, "unknown start 'softmax'; allowed: 'logit', 'one', 'margin', 'loss'"),
     "unknown start of Taylor": (lambda: pxp.Taylor(start="x"), ValueError, "unknown start 'x'"),
     "unknown start of IG": (lambda: pxp.IntegratedGradients(start="x"), ValueError, "unknown start 'x'"),
-    "no step": (lambda: pxp.LRP(path_steps=0), ValueError, "path_steps must be at least 1, got 0"),
-    "no IG step": (lambda: pxp.IntegratedGradients(0), ValueError, "steps must be at least 1, got 0"),
+    "no step": (lambda: pxp.LRP(path_steps=0), ValueError, "path_steps must be a whole number of at least 1, got 0"),
+    "no IG step": (lambda: pxp.IntegratedGradients(0), ValueError, "steps must be a whole number of at least 1, got 0"),
     "unknown parameter": (lambda: pxp.LRP(zero_params="weight"), ValueError, "zero_params may only name 'bias', got 'weight'"),
     "unknown parameters": (lambda: pxp.ZPlus(zero_params=["bias", "w"]), ValueError, "zero_params may only name 'bias'"),
-    "negative gamma": (lambda: pxp.Gamma(-0.1), ValueError, "gamma must not be negative, got -0.1"),
-    "NaN gamma": (lambda: pxp.Gamma(math.nan), ValueError, "gamma must not be negative, got nan"),
-    "negative epsilon": (lambda: pxp.Epsilon(-1e-6), ValueError, "epsilon must not be negative, got -1e-06"),
-    "negative stabiliser": (lambda: pxp.Gamma(0.1, epsilon=-1), ValueError, "epsilon must not be negative, got -1"),
-    "NaN epsilon": (lambda: pxp.Epsilon(math.nan), ValueError, "epsilon must not be negative, got nan"),
+    "negative gamma": (lambda: pxp.Gamma(-0.1), ValueError, "gamma must be finite and not negative, got -0.1"),
+    "NaN gamma": (lambda: pxp.Gamma(math.nan), ValueError, "gamma must be finite and not negative, got nan"),
+    "negative epsilon": (lambda: pxp.Epsilon(-1e-6), ValueError, "epsilon must be finite and not negative, got -1e-06"),
+    "negative stabiliser": (lambda: pxp.Gamma(0.1, epsilon=-1), ValueError, "epsilon must be finite and not negative, got -1"),
+    "NaN epsilon": (lambda: pxp.Epsilon(math.nan), ValueError, "epsilon must be finite and not negative, got nan"),
     "alpha - beta": (lambda: pxp.AlphaBeta(2, 2), ValueError, "alpha − beta = 1, got alpha=2, beta=2"),
     "negative beta": (lambda: pxp.AlphaBeta(0.5, -0.5), ValueError, "must be ≥ 0 with alpha − beta = 1, got alpha=0.5"),
     "no baseline": (
@@ -245,7 +245,7 @@ RULES = {
         lambda: pxp.LRP(baseline=-2), ValueError,
         "a baseline begins a path, got baseline=-2.0 with path_steps=1",
     ),
-    "box": (lambda: pxp.ZBox(1, 0), ValueError, "low must not exceed high, got low=1, high=0"),
+    "box": (lambda: pxp.ZBox(1, 0), ValueError, "low not exceed high, got low=1, high=0"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import network, snapshot
 from torch.nn import functional as F
+from zennit.composites import EpsilonPlus
 
 import pxp
 
@@ -256,6 +257,36 @@ def test_gradual_pruning_goes_on(tmp_path, monkeypatch):
             pxp.prune_gradually(**{**changed, **options}, state=tmp_path / "state.pt")
     with pytest.raises(ValueError, match=r"state\.pt is no state that this function has written"):
         pxp.finetune(model, (x, labels), state=tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize(
+    "make", [
+        lambda value: pxp.LRP(pxp.ZPlus(epsilon=value)),
+        lambda value: pxp.LRP("gamma", high=pxp.Gamma(0.1, epsilon=value)),
+        lambda value: EpsilonPlus(epsilon=value),
+    ],
+)  # fmt: skip
+def test_a_state_is_of_one_criterion_with_all_its_values(make, tmp_path, monkeypatch):
+    model, x, labels, units = network("vgg", samples=3)
+    arguments = {"rate": 0.4, "steps": 3, "state": tmp_path / "state.pt"}
+    stopping_after(1, monkeypatch)
+    with pytest.raises(Stop):
+        pxp.prune_gradually(model, (x, labels), units, make(1e-6), **arguments)
+    with pytest.raises(ValueError, match=r"state\.pt is the state of another run: criterion differ"):
+        pxp.prune_gradually(model, (x, labels), units, make(0.1), **arguments)
+    resumed = pxp.prune_gradually(model, (x, labels), units, make(1e-6), **arguments)
+    whole = pxp.prune_gradually(model, (x, labels), units, make(1e-6), 0.4, steps=3)
+    assert all(torch.equal(resumed[name], whole[name]) for name in units)
+
+
+def test_a_state_needs_a_criterion_that_can_be_told(tmp_path):
+    class Own(pxp.Random):
+        """Made anew by each call of a function, so that its name tells nothing."""
+
+    model, x, labels, units = network("vgg", samples=3)
+    with pytest.raises(ValueError, match=r"a state needs a criterion that can be told from others by its values, got "):
+        pxp.prune_gradually(model, (x, labels), units, Own(), 0.4, state=tmp_path / "state.pt")
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_a_state_is_of_one_run_only(tmp_path):

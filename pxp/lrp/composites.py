@@ -12,7 +12,7 @@ from torchvision.models import ResNet
 from zennit.core import Composite, Hook
 
 from ..baseline import Baseline, as_baseline
-from ..criteria import Criterion, check_absolute, check_start
+from ..criteria import Criterion, as_count, check_absolute, check_start
 from ..network.attention import SUPPORTED, unsupported_attention
 from ..network.bake import need_weight
 from ..network.check import forgotten, once
@@ -21,7 +21,7 @@ from ..network.replica import hooked, replica
 from ..network.trace import Trace, trace_model
 from .balance import check_balance
 from .passes import FUNCTIONS, Identity, Normalisation
-from .rules import Epsilon, InputRule, Rule, make_rule
+from .rules import Epsilon, InputRule, Rule, as_zero_params, make_rule
 from .softmax import AttentionRule, make_softmax_rule
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ class LRP(Criterion):
         for name, value in (
             ("input", input),
             ("start", start),
-            ("path_steps", path_steps),
-            ("zero_params", zero_params),
+            ("path_steps", as_count("path_steps", path_steps)),
+            ("zero_params", as_zero_params(zero_params)),
             ("softmax", softmax),
             ("absolute", absolute),
             ("baseline", as_baseline(baseline)),
@@ -237,8 +237,6 @@ class LRP(Criterion):
         check_start(start)
         check_absolute(absolute)
         make_softmax_rule(softmax, zero_params)
-        if path_steps < 1:
-            raise ValueError(f"path_steps must be at least 1, got {path_steps}")
         if path_steps == 1 and self.baseline != 0:
             raise ValueError(f"a baseline begins a path, got baseline={self.baseline} with path_steps=1")
         self._rules()  # a wrong name is an error here, not at the first use
@@ -270,7 +268,7 @@ class LRP(Criterion):
         if overflown is None:
             return
         for rule in without:
-            rule.zero_params = []
+            rule.zero_params = None
         with probe.rules(composite):
             again = self._relevance(probe, images, labels)
         if all(bool(value.isfinite().all()) for value in again.values()):
@@ -349,7 +347,7 @@ class LRP(Criterion):
         rules = [getattr(self, group) for group in GROUPS]
         parts = (
             [repr(rules[0])]
-            if all(rule is rules[0] or rule == rules[0] for rule in rules)
+            if all(rule == rules[0] for rule in rules)
             else [f"{group}={getattr(self, group)!r}" for group in GROUPS]
         )
         parts += [f"input={self.input!r}"] if self.input is not None else []

@@ -17,12 +17,15 @@ with contributions c_ij and a denominator d_j that the rule's docstring states. 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Hook
 
+from ..identity import ByValue
 from ..network.layers import LINEAR
 from .carry import Anew, Carry, Once, Redistribute, as_called, lean, over, scaled, stabilize, with_parameters
 
@@ -39,8 +42,35 @@ def _not_negative(x: Tensor) -> bool:
     return bool(x.detach().min() >= 0)
 
 
-class Rule(Hook):
-    """Base of all rules: a zennit hook, so that a zennit composite can place it.
+def as_number(name: str, value: Any) -> float:
+    """A parameter as a float, which is compared and printed by value, whatever number was given.
+
+    Raises
+    ------
+    ValueError
+        Negative or not finite.
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return abs(float(value))  # −0 is 0
+
+
+def as_zero_params(given: str | list[str] | None) -> str | None:
+    """``"bias"`` or None, however it was written.
+
+    Raises
+    ------
+    ValueError
+        Anything else.
+    """
+    names = {given} if isinstance(given, str) else set(given or ())
+    if names - {"bias"}:
+        raise ValueError(f"zero_params may only name 'bias', got {given!r}")
+    return "bias" if names else None
+
+
+class Rule(ByValue, Hook):
+    """Base of all rules: a zennit hook, so that a zennit composite can place it; compared and printed by its values.
 
     Parameters
     ----------
@@ -53,18 +83,13 @@ class Rule(Hook):
     Raises
     ------
     ValueError
-        Negative ``epsilon``; ``zero_params`` that is not ``"bias"``.
+        ``epsilon`` that is negative or not finite; ``zero_params`` that is not ``"bias"``.
     """
 
     def __init__(self, *, zero_params: str | list[str] | None = None, epsilon: float = 1e-6) -> None:
         super().__init__()
-        names = [zero_params] if isinstance(zero_params, str) else list(zero_params or [])
-        if set(names) - {"bias"}:
-            raise ValueError(f"zero_params may only name 'bias', got {zero_params!r}")
-        if not epsilon >= 0:
-            raise ValueError(f"epsilon must not be negative, got {epsilon}")
-        self.zero_params = names
-        self.epsilon = epsilon
+        self.zero_params = as_zero_params(zero_params)
+        self.epsilon = as_number("epsilon", epsilon)
         # set by a composite that knows that a ReLU follows: outputs below 0 then carry no relevance
         self.rectified = False
 
@@ -89,14 +114,6 @@ class Rule(Hook):
         bias = module.bias
         return None if bias is None or self.zero_params else part(bias)  # type: ignore[arg-type]
 
-    def __repr__(self) -> str:
-        options = [f"{value:g}" for value in self._values()]
-        options += ["zero_params='bias'"] if self.zero_params else []
-        return f"{type(self).__name__}({', '.join(options)})"
-
-    def _values(self) -> list[float]:
-        return []
-
 
 def _channels(module: nn.Module, bias: Tensor) -> Tensor:
     return bias if isinstance(module, LINEAR) else bias.reshape(-1, *[1] * (module.weight.ndim - 2))  # type: ignore[operator]
@@ -117,7 +134,7 @@ class Epsilon(Rule):
     Raises
     ------
     ValueError
-        Negative ``epsilon``.
+        See :class:`Rule`.
     """
 
     def __init__(self, epsilon: float = 1e-6, *, zero_params: str | list[str] | None = None) -> None:
@@ -135,9 +152,6 @@ class Epsilon(Rule):
             return ratio.div_(ratio + self.epsilon).mul_(grad) if self.epsilon else grad
 
         output.register_hook(scale)
-
-    def _values(self) -> list[float]:
-        return [self.epsilon]
 
 
 class _Signed(Rule):
@@ -180,16 +194,14 @@ class Gamma(_Signed):
     Raises
     ------
     ValueError
-        Negative ``gamma`` or ``epsilon``.
+        ``gamma`` or ``epsilon`` that is negative or not finite.
     """
 
     def __init__(
         self, gamma: float | None = None, *, zero_params: str | list[str] | None = None, epsilon: float = 1e-6
     ) -> None:
         super().__init__(zero_params=zero_params, epsilon=epsilon)
-        if gamma is not None and not gamma >= 0:
-            raise ValueError(f"gamma must not be negative, got {gamma}")
-        self.gamma = gamma
+        self.gamma = None if gamma is None else as_number("gamma", gamma)
 
     def _gamma(self, module: nn.Module) -> float:
         if self.gamma is not None:
@@ -233,9 +245,6 @@ class Gamma(_Signed):
         share = z / stabilize(torch.add(z0, torch.where(up, q.detach(), z0 - q.detach()), alpha=gamma), self.epsilon)
         shares = torch.where(up, share, share * (1 + gamma)), share * torch.where(up, gamma, -gamma)
         return Carry.apply((z,), shares, scaled, output, q)
-
-    def _values(self) -> list[float]:
-        return [] if self.gamma is None else [self.gamma]
 
 
 class ZPlus(_Signed):
@@ -281,9 +290,9 @@ class AlphaBeta(_Signed):
         epsilon: float = 1e-6,
     ) -> None:
         super().__init__(zero_params=zero_params, epsilon=epsilon)
-        if not (alpha >= 0 and beta >= 0 and abs(alpha - beta - 1) < 1e-9):
+        if not (0 <= alpha < math.inf and beta >= 0 and abs(alpha - beta - 1) < 1e-9):
             raise ValueError(f"alpha and beta must be ≥ 0 with alpha − beta = 1, got alpha={alpha}, beta={beta}")
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta = as_number("alpha", alpha), as_number("beta", beta)
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         z = output.detach()
@@ -294,9 +303,6 @@ class AlphaBeta(_Signed):
             carriers.append(part)
             shares.append(factor * z / stabilize(part.detach(), self.epsilon))
         return Carry.apply((z,), tuple(shares), scaled, *carriers)
-
-    def _values(self) -> list[float]:
-        return [self.alpha, self.beta]
 
 
 class InputRule(Rule):
@@ -342,47 +348,54 @@ class Flat(InputRule):
         return [(1.0, torch.ones_like(x), torch.ones_like(module.weight), None)]  # type: ignore[arg-type]
 
 
+Bound = float | Tensor | Sequence[Any]
+
+
+def _nested(values: Any) -> Any:
+    """Numbers in nested tuples, which can be hashed."""
+    return tuple(map(_nested, values)) if isinstance(values, list) else values
+
+
 class ZBox(InputRule):
     """z^B, for inputs in a box: contributions a w − l w⁺ − h w⁻  (Montavon et al. 2017). For the first layer only.
 
     Parameters
     ----------
-    low, high : float or Tensor
-        Smallest and largest possible input value; broadcast against the input (e.g. (1, 3, 1, 1) per channel).
+    low, high : float, Tensor or nested sequence of float
+        Smallest and largest possible input value; broadcast against the input (e.g. (1, 3, 1, 1) per channel). Kept as
+        numbers, in nested tuples.
     zero_params, epsilon
         See :class:`Rule`.
 
     Raises
     ------
     ValueError
-        If ``low`` exceeds ``high``.
+        If ``low`` exceeds ``high`` anywhere, or a bound is not finite.
     """
 
     def __init__(
         self,
-        low: float | Tensor = 0.0,
-        high: float | Tensor = 1.0,
+        low: Bound = 0.0,
+        high: Bound = 1.0,
         *,
         zero_params: str | list[str] | None = None,
         epsilon: float = 1e-6,
     ) -> None:
         super().__init__(zero_params=zero_params, epsilon=epsilon)
-        if bool((torch.as_tensor(low) > torch.as_tensor(high)).any()):
-            raise ValueError(f"low must not exceed high, got low={low}, high={high}")
-        self.low, self.high = low, high
+        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
+        if not bool(((lower <= upper) & lower.isfinite() & upper.isfinite()).all()):
+            raise ValueError(f"low and high must be finite, and low not exceed high, got low={low}, high={high}")
+        self.low, self.high = _nested(lower.tolist()), _nested(upper.tolist())
 
     def terms(self, module: nn.Module, x: Tensor) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
         weight, bias = module.weight, self._kept(module)
-        low, high = (torch.as_tensor(bound).to(x).expand_as(x).clone() for bound in (self.low, self.high))
+        low, high = (x.new_tensor(bound).expand_as(x).clone() for bound in (self.low, self.high))
         above, below = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
         return [
             (1.0, x.clone(), weight, bias),  # type: ignore[list-item]
             (-1.0, low, weight.clamp(min=0), above),  # type: ignore[operator]
             (-1.0, high, weight.clamp(max=0), below),  # type: ignore[operator]
         ]
-
-    def __repr__(self) -> str:
-        return f"ZBox({self.low}, {self.high})"
 
 
 RULES: dict[str, Callable[..., Rule]] = {

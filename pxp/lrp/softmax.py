@@ -14,8 +14,10 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from zennit.core import Hook
 
+from ..identity import ByValue
 from ..network.attention import Attention, logits
 from .carry import Anew
+from .rules import as_number, as_zero_params
 
 
 def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
@@ -24,8 +26,8 @@ def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     return tensor
 
 
-class AttentionRule(Hook):
-    """Base of the rules of the softmax; placed on an :class:`Attention` by a composite."""
+class AttentionRule(ByValue, Hook):
+    """Base of the rules of the softmax; placed on an :class:`Attention` by a composite, compared by its values."""
 
     def register(self, module: nn.Module):
         if not isinstance(module, Attention):
@@ -42,9 +44,6 @@ class AttentionRule(Hook):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """softmax(QKᵀ/√d) V with the rule's backward pass; (N, heads, tokens, channels) each."""
         raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
 
 class _Placed:
@@ -95,16 +94,12 @@ class SoftmaxZPlus(AttentionRule):
     Raises
     ------
     ValueError
-        Negative ``epsilon``; ``zero_params`` that is not ``"bias"``.
+        ``epsilon`` that is negative or not finite; ``zero_params`` that is not ``"bias"``.
     """
 
     def __init__(self, *, zero_params: str | None = None, epsilon: float = 1e-9) -> None:
         super().__init__()
-        if zero_params not in (None, "bias"):
-            raise ValueError(f"zero_params may only be 'bias', got {zero_params!r}")
-        if not epsilon >= 0:
-            raise ValueError(f"epsilon must not be negative, got {epsilon}")
-        self.zero_params, self.epsilon = zero_params, epsilon
+        self.zero_params, self.epsilon = as_zero_params(zero_params), as_number("epsilon", epsilon)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         q, k, v = _scale_gradient(q, 0.25), _scale_gradient(k, 0.25), _scale_gradient(v, 0.5)
@@ -112,9 +107,6 @@ class SoftmaxZPlus(AttentionRule):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         # the matrices of all heads are too large to be kept
         return Anew.apply((mixed,), lambda q, k, v: _ZPlusSoftmax.apply(logits(q, k, mask, causal), self) @ v, q, k, v)
-
-    def __repr__(self) -> str:
-        return f"SoftmaxZPlus({'zero_params=' + repr(self.zero_params) if self.zero_params else ''})"
 
 
 class _ZPlusSoftmax(Function):

@@ -26,6 +26,7 @@ from ..budget import Budget, latencies
 from ..criteria import Criterion, Taylor
 from ..data import Data
 from ..evaluate import RATES
+from ..identity import identity
 from ..lrp.composites import LRP
 from ..masks import Mask
 from ..network.components import Components
@@ -122,7 +123,9 @@ class _Trials:
         setting = repr((criterion, sorted(options.items())))
         trial.set_user_attr("setting", setting)
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
-        earlier = self._earlier(trial, setting)
+        mark = identity((criterion, sorted(options.items())))
+        trial.set_user_attr("identity", mark)
+        earlier = None if mark is None else self._earlier(trial, mark)
         if earlier is not None:
             return self._repeat(trial, earlier)
         started = time.perf_counter()
@@ -157,14 +160,14 @@ class _Trials:
         values = tuple(objective.value(curve, masks, self.rates, self.latency_left) for objective in self.objectives)
         return values[0] if len(values) == 1 else values
 
-    def _earlier(self, trial: optuna.Trial, setting: str) -> optuna.trial.FrozenTrial | None:
+    def _earlier(self, trial: optuna.Trial, mark: str) -> optuna.trial.FrozenTrial | None:
         """An earlier trial of the same setting that came to an end."""
         from optuna.trial import TrialState
 
         ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         for other in trial.study.get_trials(deepcopy=False, states=ended):
             known = other.state != TrialState.FAIL or "reason" in other.user_attrs
-            if known and other.number != trial.number and other.user_attrs.get("setting") == setting:
+            if known and other.number != trial.number and other.user_attrs.get("identity") == mark:
                 return other
         return None
 
@@ -190,10 +193,12 @@ class _Trials:
         signed, both = False, criterion
         if isinstance(criterion, LRP | Taylor) and criterion.absolute == "never":
             signed, both = True, dataclasses.replace(criterion, absolute="token")
-        key = repr(both)
-        if key not in self._scores:
-            self._scores[key] = attribute(self.model, self.refs, self.units, both, progress=False)
-        found = self._scores[key]
+        key = identity(both)
+        found = None if key is None else self._scores.get(key)
+        if found is None:
+            found = attribute(self.model, self.refs, self.units, both, progress=False)
+            if key is not None:
+                self._scores[key] = found
         if not signed:
             return found
         return Scores(self.units, found.signed, found.signed, criterion=repr(criterion), samples=found.samples)
@@ -292,7 +297,8 @@ def tune(
     ------
     ValueError
         As :func:`pxp.attribute`; unknown space, sampler or objective; a wrong name or value in the space; references
-        that are also tuning images; a stored study of other images, objective or rates.
+        that are also tuning images; a stored study of another network, or of other images, references, components,
+        objective or rates.
     """
     import optuna
     from optuna.trial import TrialState
@@ -315,6 +321,9 @@ def tune(
         "rates": list(rates),
         "classes": None if classes is None else list(classes),
         "units": units.describe(),
+        "components": identity(units),
+        "network": identity([*model.parameters(), *model.buffers()]),
+        "references": identity(sorted(zip(fingerprints(references[0]), references[1].tolist(), strict=True))),
         "selection": {"min_keep": min_keep, "scope": scope},
         "images": sorted(marks),
     }
@@ -336,8 +345,7 @@ def tune(
         known = study.user_attrs.get("pxp")
         if known is None:
             study.set_user_attr("pxp", about)
-        elif known != about:
-            differ = [name for name in about if known.get(name) != about[name]]
+        elif differ := [name for name in about if name in known and known[name] != about[name]]:
             raise ValueError(
                 f"study {study.study_name!r} exists with other {', '.join(differ)}; use another study_name"
             )

@@ -574,7 +574,7 @@ def test_identity_passes_relevance_through_smooth_activations():
 def test_names_make_rules():
     assert isinstance(make_rule("epsilon"), pxp.Epsilon) and make_rule("epsilon").epsilon == 1e-6
     rule = make_rule("alpha2beta1", "bias")
-    assert (rule.alpha, rule.beta, rule.zero_params) == (2, 1, ["bias"])
+    assert (rule.alpha, rule.beta, rule.zero_params) == (2, 1, "bias")
     same = pxp.Gamma(0.1)
     assert make_rule(same) is same
     assert [repr(make_rule(name)) for name in ("gamma", "zplus", "flat", "wsquare")] == [

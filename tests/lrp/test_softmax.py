@@ -127,8 +127,8 @@ def test_softmax_rules_give_the_softmax_itself_and_survive_masks():
     [
         (lambda: pxp.LRP(softmax="attn"), ValueError, "unknown softmax rule 'attn'; allowed: 'attnlrp', 'cp', 'zplus'"),
         (lambda: pxp.LRP(softmax=3), TypeError, "a softmax rule is a name or a rule"),
-        (lambda: pxp.SoftmaxZPlus(zero_params="weight"), ValueError, "zero_params may only be 'bias'"),
-        (lambda: pxp.SoftmaxZPlus(epsilon=-1), ValueError, "epsilon must not be negative, got -1"),
+        (lambda: pxp.SoftmaxZPlus(zero_params="weight"), ValueError, "zero_params may only name 'bias'"),
+        (lambda: pxp.SoftmaxZPlus(epsilon=-1), ValueError, "epsilon must be finite and not negative, got -1"),
         (
             lambda: pxp.LRP(absolute="head"),
             ValueError,

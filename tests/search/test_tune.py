@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 from conftest import network
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from zennit.composites import EpsilonGammaBox
 from zennit.core import Composite, Hook
 
 import pxp
@@ -671,3 +674,83 @@ def test_missing_files(ready):
         pxp.load_study("nothing")
     with pytest.raises(ValueError, match="no study made by pxp"):
         pxp.tuned_curve(optuna.create_study(), *ready)
+
+
+# --- identity -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fading(pxp.Criterion):
+    """A user's criterion whose text leaves out what it depends on."""
+
+    power: float = field(default=1.0, repr=False)
+
+    def values(self, probe):
+        for images, labels in probe.batches():
+            yield {name: value**self.power for name, value in probe.relevance(images, labels, start="one").items()}
+
+
+def silenced(low):
+    """A composite that is told from another by nothing: it asks a function that a user wrote in a notebook."""
+
+    def of_a_notebook(ctx, name, module):
+        return None
+
+    of_a_notebook.__module__ = "__main__"
+    return Composite(module_map=of_a_notebook)
+
+
+ALIKE = {
+    "stabilisers": lambda e: pxp.LRP(pxp.ZPlus(epsilon=e)),
+    "digits": lambda e: pxp.LRP(pxp.Gamma(0.1 + e * 1e-9)),
+    "softmax": lambda e: pxp.LRP(softmax=pxp.SoftmaxZPlus(epsilon=e)),
+    "hidden": Fading,
+    "composites of zennit": lambda e: EpsilonGammaBox(0.0, 1.0, gamma=e),
+    "functions": silenced,
+}
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
+def test_settings_that_look_alike_are_not_the_same(ready, make):
+    run = tune_module._Trials(
+        *ready, space=lambda trial: make(trial.suggest_categorical("e", [0.5, 2.0, 0.5000001])),
+        objectives=[Objective("a_pr")], rates=RATES, fixed={}, classes=None, batch_size=8,
+    )  # fmt: skip
+    measured = []
+    run.scores = lambda criterion: measured.append(criterion) or pxp.attribute(ready[0], None, ready[2], pxp.Random())
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler())
+    for value in (0.5, 2.0, 0.5000001, 0.5):  # the last one again
+        study.enqueue_trial({"e": value})
+    study.optimize(run, n_trials=4)
+    again = study.trials[3].user_attrs.get("same_as")
+    assert (len(measured), again) == ((4, None) if make is silenced else (3, 0))
+
+
+def test_scores_are_those_of_their_own_criterion(ready):
+    model, refs, units, data = ready
+    study = search(
+        ready, 3, space=lambda trial: pxp.LRP(pxp.ZPlus(epsilon=trial.suggest_float("e", 1e-3, 1e3, log=True)))
+    )
+    for trial in study.trials:
+        scores = pxp.attribute(model, refs, units, pxp.LRP(pxp.ZPlus(epsilon=trial.params["e"])))
+        assert trial.value == pytest.approx(pxp.pruning_curve(model, scores, data, rates=RATES).a_pr)
+    assert len({trial.user_attrs["setting"] for trial in study.trials}) == 3
+
+
+def test_a_stored_study_is_of_one_network_and_one_draw(ready, tmp_path):
+    model, refs, units, data = ready
+    stored = {"storage": str(tmp_path / "s.journal"), "study_name": "s"}
+    search(ready, 1, **stored)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.fc.bias += 0.01
+    for other, what in (
+        ((changed, refs, units, data), "network"),
+        ((model, (refs[0][:7], refs[1][:7]), units, data), "references"),
+        ((model, (refs[0], refs[1].roll(1)), units, data), "references"),
+        ((model, refs, units.without(next(iter(units))), data), "units, components"),
+    ):
+        with pytest.raises(ValueError, match=f"study 's' exists with other {what}; use another"):
+            search(other, 2, **stored)
+    shuffled = torch.arange(7, -1, -1)
+    assert len(search((model, (refs[0][shuffled], refs[1][shuffled]), units, data), 2, **stored).trials) == 2
