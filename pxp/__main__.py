@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--root", default=None, help="folder of the data set, where it has one")
     add("--per-class", type=int, default=10, help="reference samples per class")
     add("--tune-per-class", type=int, default=50, help="tuning images per class")
-    add("--trials", type=int, default=100, help="of the whole study")
+    add("--trials", type=int, default=None, help="of the whole study; default 100, or all of a grid")
     add("--space", choices=("paper", "extended"), default="paper")
     add("--sampler", choices=("tpe", "gp", "random", "grid"), default="tpe")
     add(

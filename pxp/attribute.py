@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from .criteria import Criterion, Random
-from .data import Data
+from .criteria import Criterion, Random, check_absolute
+from .data import BATCH_SIZE, Data
 from .input_probe import InputProbe
 from .lrp.composites import LRP, LayerComposite
 from .network.components import Components
@@ -27,7 +27,7 @@ def attribute(
     units: Components,
     criterion: Criterion | Composite,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Scores:
     """Score every component by how much it matters for the reference samples' own classes.
@@ -51,7 +51,7 @@ def attribute(
         :class:`pxp.LRP`, :class:`pxp.Taylor`, …, or your own, see :class:`pxp.Criterion`. A zennit composite must give
         a rule to every module that changes relevance (activations: ``Pass``), as zennit's own composites do. BatchNorm
         is merged before it is registered, so its canonizers find nothing left to merge.
-    batch_size : int, default 32
+    batch_size : int, default 64
         Samples per pass; a DataLoader keeps its own.
     progress : bool, default True
         Show a bar when it takes longer than five seconds.
@@ -87,8 +87,7 @@ def attribute(
                 signed[name] = signed.get(name, 0) + value.sum((0, 1), dtype=wide)
                 if asked.absolute == "sample":
                     value = value.sum(1, keepdim=True)
-                value = value if asked.absolute == "never" else value.abs()
-                magnitude[name] = magnitude.get(name, 0) + value.sum((0, 1), dtype=wide)
+                magnitude[name] = magnitude.get(name, 0) + value.abs().sum((0, 1), dtype=wide)
             samples += len(value)
     if samples == 0:
         raise ValueError("the reference set is empty: no sample to explain")
@@ -98,6 +97,7 @@ def attribute(
         _means(signed, units, samples),
         criterion=type(criterion).__name__ if isinstance(criterion, Composite) else repr(criterion),
         samples=probe.samples,
+        has_sign=asked.has_sign,
     )
 
 
@@ -107,7 +107,7 @@ def attribute_draws(
     units: Components,
     criterion: Criterion | Composite,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> list[Scores]:
     """Score with several draws of reference samples: one ranking for each, as :func:`pxp.pruning_curve` takes them.
@@ -153,7 +153,7 @@ def heatmap(
     targets: Tensor | int,
     criterion: Criterion | Composite = EPSILON,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
 ) -> Tensor:
     """Relevance of every input value for the target class.
 
@@ -167,7 +167,7 @@ def heatmap(
         The class to explain, per image (N,) or one for all. Neither the label nor the prediction is implied.
     criterion : Criterion or zennit Composite
         Default LRP-ε. Integrated gradients start from a black image, which is 0 unless their ``baseline`` is another.
-    batch_size : int, default 32
+    batch_size : int, default 64
 
     Returns
     -------
@@ -218,6 +218,7 @@ def as_criterion(criterion: Criterion | Composite) -> Criterion:
             "criterion must be a pxp.LRP, Taylor, IntegratedGradients, Activation, Magnitude or Random object, another "
             f"pxp.Criterion or a zennit composite, got {criterion!r}"
         )
+    check_absolute(criterion.absolute)
     return criterion
 
 

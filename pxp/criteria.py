@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .probe import Probe
 
 STARTS = ("logit", "one", "margin", "loss")
-ABSOLUTE = ("token", "sample", "never")
+ABSOLUTE = ("token", "sample")
 
 
 class Criterion(ABC):
@@ -26,12 +26,16 @@ class Criterion(ABC):
 
     Attributes
     ----------
-    absolute : {"token", "sample", "never"}, default "token"
-        Where ``scores`` take the absolute value of what :meth:`values` gives: of every token's value, of a sample's sum
-        over tokens, or nowhere.
+    absolute : {"token", "sample"}, default "token"
+        Where ``scores`` take the absolute value of what :meth:`values` gives: of every token's value, or of a sample's
+        sum over tokens. The sign is kept in ``scores.signed``: ``scores.select(rate, by="signed")``.
+    has_sign : bool, default True
+        Whether positive values mean useful for the true class, and negative ones harmful, see
+        :meth:`pxp.Scores.select`.
     """
 
     absolute: str = "token"
+    has_sign: ClassVar[bool] = True
 
     @abstractmethod
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
@@ -59,8 +63,9 @@ class Taylor(Criterion):
     Parameters
     ----------
     start : {"loss", "logit", "one", "margin"}, default "loss"
-        What is differentiated: the cross-entropy loss as in the source, or as for :class:`pxp.LRP`.
-    absolute : {"token", "sample", "never"}, default "token"
+        What is differentiated: minus the cross-entropy loss (as in the source, with the sign that positive means
+        useful), or as for :class:`pxp.LRP`.
+    absolute : {"token", "sample"}, default "token"
         As for :class:`pxp.LRP`. With ``"sample"`` the score of a head is Michel et al.'s (2019) importance: the mean of
         \|∂loss/∂m\|, where m = 1 multiplies the head's output.
     """
@@ -163,6 +168,8 @@ class Activation(Criterion):
     head, whose channels have no preferred sign, the mean absolute output.
     """
 
+    has_sign: ClassVar[bool] = False
+
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         for images, _ in probe.batches():
             found: dict[str, Tensor] = {}
@@ -193,6 +200,7 @@ class Magnitude(Criterion):
     """
 
     folded: bool = True
+    has_sign: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folded", bool(self.folded))
@@ -216,6 +224,7 @@ class Random(Criterion):
     """
 
     seed: int = 0
+    has_sign: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", as_count("seed", self.seed, least=0))
@@ -250,4 +259,5 @@ def check_start(start: str) -> None:
 def check_absolute(absolute: str) -> None:
     """Raise ValueError unless ``absolute`` is one of the known ways."""
     if absolute not in ABSOLUTE:
-        raise ValueError(f"absolute must be one of {', '.join(map(repr, ABSOLUTE))}, got {absolute!r}")
+        signed = "; scores.select(rate, by='signed') ranks with the sign" if absolute == "never" else ""
+        raise ValueError(f"absolute must be one of {', '.join(map(repr, ABSOLUTE))}, got {absolute!r}{signed}")

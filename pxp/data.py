@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 Data: TypeAlias = tuple[Tensor, Tensor] | DataLoader | Dataset
 
+BATCH_SIZE = 64  # the default wherever images are read: small batches stay in the processor's cache, and in memory
+
 ASSETS = Path(str(files("pxp") / "assets"))
 
 FASHION_MNIST_CLASSES = (

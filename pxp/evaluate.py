@@ -12,7 +12,8 @@ from torch import nn
 
 from .bars import bar
 from .budget import latencies
-from .data import Data, shipped_file
+from .data import BATCH_SIZE, Data, shipped_file
+from .files import FORMAT, Newer, check_format, renewed
 from .scores import Scores
 from .statistics import Comparison, bootstrap, paired
 from .sweep import Sweep, hits
@@ -25,7 +26,7 @@ def accuracy(
     data: Data,
     *,
     classes: Sequence[int] | None = None,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> float:
     """Top-1 accuracy in evaluation mode; afterwards every module has the mode it had.
 
@@ -37,7 +38,7 @@ def accuracy(
     classes : sequence of int, optional
         Restrict the task: only samples of these classes, and the logits sliced to them (a zeroed logit would still
         be a rival of negative ones).
-    batch_size : int, default 256
+    batch_size : int, default 64
 
     Returns
     -------
@@ -118,7 +119,7 @@ class Curve:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:
@@ -127,17 +128,23 @@ class Curve:
         Raises
         ------
         ValueError
-            The file is no such JSON.
+            The file is no such JSON, or a newer pxp wrote it.
         """
         try:
-            return cls._made_of(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return cls._made_of(json.loads(Path(path).read_text()), path)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no curve written by pxp: {error}") from error
 
     @classmethod
-    def _made_of(cls, entries: dict) -> Curve:
+    def _made_of(cls, entries: dict, path: object) -> Curve:
         runs = tuple(tuple(run) for run in entries["runs"])
-        return cls(tuple(entries["rates"]), runs, entries["criterion"], entries["settings"])
+        criterion, settings = entries["criterion"], dict(entries["settings"])
+        if check_format(entries.get("format"), path) < 2:
+            criterion, kept, turned = renewed(criterion)
+            settings |= {"by": "signed"} if kept else {}
+            if turned and settings.get("by") == "signed":  # the lowest were the most useful
+                settings["order"] = "least" if settings.get("order") == "most" else "most"
+        return cls(tuple(entries["rates"]), runs, criterion, settings)
 
     def __repr__(self) -> str:
         low, high = self.a_pr_interval()
@@ -156,7 +163,8 @@ def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
     curves : mapping of str to Curve
     path : path
     """
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(curve))}" for name, curve in curves.items())
+    written = {name: {"format": FORMAT, **asdict(curve)} for name, curve in curves.items()}
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(entries)}" for name, entries in written.items())
     Path(path).write_text(f"{{\n{rows}\n}}\n")
 
 
@@ -183,7 +191,9 @@ def load_curves(path: str | Path) -> dict[str, Curve]:
     """
     file = shipped_file(path, "curves")
     try:
-        return {name: Curve._made_of(entries) for name, entries in json.loads(file.read_text()).items()}
+        return {name: Curve._made_of(entries, file) for name, entries in json.loads(file.read_text()).items()}
+    except Newer:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} holds no curves written by pxp: {error}") from error
 
@@ -200,7 +210,7 @@ def pruning_curve(
     scope: str = "global",
     min_keep: int = 0,
     cost: str | Mapping[str, float] | None = None,
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Curve:
     """Prune more and more and measure the accuracy, without retraining.
@@ -218,8 +228,8 @@ def pruning_curve(
         See :func:`accuracy`.
     by, order, scope, min_keep, cost
         See :meth:`pxp.Scores.select`; ``cost="latency"`` is measured by :func:`pxp.latencies`.
-    batch_size : int, default 100
-        Small batches stay in the processor's cache.
+    batch_size : int, default 64
+        Small batches stay in the processor's cache; more would not be faster.
     progress : bool, default True
         Show a bar when it takes longer than five seconds.
 

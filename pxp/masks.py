@@ -115,7 +115,7 @@ class Mask(ByLayer):
         Raises
         ------
         ValueError
-            Not a file of this kind, or damaged.
+            Not a file of this kind, damaged, or written by a newer pxp.
         """
         units, tensors, _ = load_tensors(path, "mask")
         return cls(units, tensors["kept"])

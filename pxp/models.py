@@ -107,8 +107,9 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
         loaded).
         ``"torchvision/<model>"`` or ``"timm/<model>"``: that library's model.
     weights : str, optional
-        Only for the libraries' models: torchvision's weights name (``"DEFAULT"``), or ``"pretrained"`` for timm.
-        Default: random initial weights; nothing is downloaded.
+        Only for the libraries' models: torchvision's weights name (``"DEFAULT"``); for timm ``"pretrained"``, the
+        model's first, or a tag, as ``"a1_in1k"`` (the same as in ``"timm/resnet18.a1_in1k"``). Default: random initial
+        weights; nothing is downloaded.
     folder : path, optional
         Only for shipped names: read ``<name>.safetensors`` and its card from here instead of the package.
 
@@ -120,7 +121,8 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
     Raises
     ------
     ValueError
-        Unknown name, a checkpoint whose SHA-256 differs from its card, or a hub's model without ``weights``.
+        Unknown name, a tag of timm's that the model does not have, a checkpoint whose SHA-256 differs from its card, or
+        a hub's model without ``weights``.
     FileNotFoundError
         The checkpoint or its card is missing.
     """
@@ -149,7 +151,7 @@ def _load(name: str, weights: str | None, folder: str | Path | None) -> nn.Modul
 
         if ":" in rest and weights is None:  # timm would ask a hub for the architecture
             raise ValueError(f"{name!r} lies on a hub; give weights to allow the download")
-        return timm.create_model(rest, pretrained=weights is not None)
+        return timm.create_model(_tagged(rest, weights), pretrained=weights is not None)
     raise ValueError(
         f"unknown model {name!r}; shipped: {', '.join(map(repr, SHIPPED))}; "
         "or 'torchvision/<name>' or 'timm/<name>'. Your own nn.Module needs no loading: pass it to pxp as it is"
@@ -166,6 +168,20 @@ def device() -> torch.device:
     torch.device
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tagged(name: str, weights: str | None) -> str:
+    """timm's name of a model with the tag of its weights."""
+    import timm
+
+    if weights in (None, "pretrained"):
+        return name
+    base, _, tag = name.partition(".")
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")] if ":" not in name else []
+    if weights not in tags or tag not in ("", weights):
+        has = ", ".join(map(repr, [tag] if tag else tags)) or "none"
+        raise ValueError(f"{name!r} has no weights {weights!r}; allowed: 'pretrained', or of its tags: {has}")
+    return f"{base}.{weights}"
 
 
 def model_card(name: str) -> dict:

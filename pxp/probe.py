@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from .bars import bar
 from .baseline import Baseline, on_the_way
-from .data import Data, batches
+from .data import BATCH_SIZE, Data, batches
 from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
@@ -51,7 +51,7 @@ class Probe:
         structure: Trace,
         units: Components | None,
         refs: Data,
-        batch_size: int = 32,
+        batch_size: int = BATCH_SIZE,
         progress: bool = False,
     ) -> None:
         check_values(model)
@@ -298,7 +298,7 @@ class Probe:
                 others = logits.scatter(1, labels[:, None], -torch.inf)
                 return (target - others.amax(1)).sum()
             case "loss":
-                return F.cross_entropy(logits, labels, reduction="sum")
+                return -F.cross_entropy(logits, labels, reduction="sum")  # positive is useful, as for the others
             case _:
                 return target.sum()
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zennit.core import Composite
 
-from .attribute import attribute
+from .attribute import as_criterion, attribute
 from .bars import bar
 from .criteria import Criterion
-from .data import Data
+from .data import BATCH_SIZE, Data
+from .files import FORMAT, check_format
 from .identity import identity
 from .masks import Mask, masked
 from .network.components import Components
@@ -43,7 +44,7 @@ def prune_gradually(
     steps: int = 5,
     by: str = "magnitude",
     min_keep: int = 0,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     state: str | Path | None = None,
     progress: bool = True,
 ) -> Mask:
@@ -72,13 +73,14 @@ def prune_gradually(
     ------
     ValueError
         ``steps`` that is no number of steps; a file that is not this run's state; a state of a criterion that nothing
-        tells from others, see :func:`pxp.identity.identity`; as :func:`pxp.attribute` and :meth:`pxp.Scores.select`.
+        tells from others, see ``pxp.identity``; as :func:`pxp.attribute` and :meth:`pxp.Scores.select`.
     FileNotFoundError
         No folder for the state.
     """
     steps = _count("steps", steps)
     even = {name: torch.zeros(layer.size) for name, layer in units.items()}
-    nothing = Scores(units, even, even)
+    signed = as_criterion(criterion).has_sign
+    nothing = Scores(units, even, even, criterion=repr(criterion), has_sign=signed)
     nothing.select(rate, by=by, min_keep=min_keep)  # a wrong value is an error now, not after the first attribution
     mask, begun, about = nothing.select(0), 0, {}
     if state is not None:
@@ -87,7 +89,11 @@ def prune_gradually(
         about = {"rate": float(rate), "steps": steps, "by": by, "min_keep": min_keep, "criterion": mark}
         about |= {"components": repr(units), "network": _digest(_tensors(model))}
         about |= {"references": None if refs is None else _digest(whole(refs))}
-        saved = _load(state, about)
+        # before format 2 a criterion was kept as its text, which left out parameters of rule objects, and the sign of a
+        # loss was another
+        text = repr(criterion)
+        sure = text.count("(") == 1 and not (by == "signed" and "loss" in text)
+        saved = _load(state, about, {**about, "criterion": text if sure else None})
         if saved is not None:
             mask, begun = Mask(units, saved["kept"]), saved["done"]
     rounds = bar(range(begun + 1, steps + 1), show=progress, desc="prune")
@@ -116,7 +122,7 @@ def finetune(
     epochs: int = 1,
     teacher: nn.Module | None = None,
     lr: float = 1e-3,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     temperature: float = 2.0,
     seed: int = 0,
     state: str | Path | None = None,
@@ -141,7 +147,7 @@ def finetune(
         Usually the unpruned network; it is only evaluated.
     lr : float, default 1e-3
         Highest learning rate.
-    batch_size : int, default 128
+    batch_size : int, default 64
         A single image that would be left over joins the batch before it.
     temperature : float, default 2
         Softens both outputs for the comparison with the teacher.
@@ -262,8 +268,8 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return hashlib.blake2b("".join(marks).encode(), digest_size=6).hexdigest()
 
 
-def _load(state: str | Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """What :func:`_save` wrote for the same run, None if there is no file yet."""
+def _load(state: str | Path, about: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """What :func:`_save` wrote for the same run, None if there is no file yet; ``before``: ``about`` of format 1."""
     path = Path(state)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder for the state {path}")
@@ -277,6 +283,8 @@ def _load(state: str | Path, about: dict[str, Any]) -> dict[str, Any] | None:
     except Exception as error:  # there is no end to how a damaged pickle fails
         raise ValueError(damaged) from error
     found = saved.get("about") if isinstance(saved, dict) else None
+    if isinstance(found, dict) and check_format(saved.get("format"), path) < 2:
+        about = before or about
     if not isinstance(found, dict) or set(found) != set(about):
         raise ValueError(damaged)
     odd = [name for name in about if found[name] != about[name]]
@@ -288,5 +296,5 @@ def _load(state: str | Path, about: dict[str, Any]) -> dict[str, Any] | None:
 def _save(state: str | Path, about: dict[str, Any], done: int, parts: dict[str, Any]) -> None:
     path = Path(state)
     part = path.with_name(f"{path.name}.part")
-    torch.save({"about": about, "done": done, **parts}, part)
+    torch.save({"format": FORMAT, "about": about, "done": done, **parts}, part)
     os.replace(part, path)  # never a half-written state

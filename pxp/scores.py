@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import load_tensors, save_tensors
+from .files import load_tensors, renewed, save_tensors
 from .masks import ByLayer, Mask
 from .network.components import Components
 
 
 class Scores(ByLayer):
     """The score of every component: ``scores[layer]`` by magnitude, ``scores.signed[layer]`` signed.
+
+    Positive signed scores mean useful for the true class, whatever the criterion starts with.
 
     Parameters
     ----------
@@ -26,6 +28,8 @@ class Scores(ByLayer):
         What computed them.
     samples : int
         Number of reference samples that were seen (0: none is needed).
+    has_sign : bool, default True
+        Whether ``signed`` tells useful from harmful; if not, :meth:`select` refuses ``by="signed"``.
 
     Raises
     ------
@@ -41,11 +45,13 @@ class Scores(ByLayer):
         *,
         criterion: str = "",
         samples: int = 0,
+        has_sign: bool = True,
     ) -> None:
         super().__init__(units, magnitude)
         self.signed: Mapping[str, Tensor] = ByLayer(units, signed, "signed scores")
         self.criterion = criterion
         self.samples = samples
+        self.has_sign = has_sign
         broken = [n for n in self if not bool((self[n].isfinite() & self.signed[n].isfinite()).all())]
         if broken:
             raise ValueError(
@@ -76,7 +82,8 @@ class Scores(ByLayer):
         count : int
             Number to prune; with ``scope="layer"`` in every layer.
         by : {"magnitude", "signed"}
-            ``"magnitude"``: relevance near zero goes first. ``"signed"``: the most negative goes first.
+            ``"magnitude"``: relevance near zero goes first. ``"signed"``: the most negative goes first, which speaks
+            most against the true class.
         order : {"least", "most"}
             Prune the lowest scores first, or (to see what that destroys) the highest.
         scope : {"global", "layer"}
@@ -100,8 +107,9 @@ class Scores(ByLayer):
         Raises
         ------
         ValueError
-            A value that is not among the allowed ones; none or both of ``rate`` and ``count``; ``count`` with
-            ``cost``; components that cost nothing; a cost that names other layers.
+            A value that is not among the allowed ones; ``by="signed"`` of scores that have no sign; none or both of
+            ``rate`` and ``count``; ``count`` with ``cost``; components that cost nothing; a cost that names other
+            layers.
         TypeError
             A budget, which is another function's.
         """
@@ -113,13 +121,9 @@ class Scores(ByLayer):
                     "flops=0.5), also with parameters= or latency="
                 )
             raise TypeError(f"select has no argument {name!r}")
-        for name, value, allowed in (
-            ("by", by, ("magnitude", "signed")),
-            ("order", order, ("least", "most")),
-            ("scope", scope, ("global", "layer")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        check_ways({"by": by, "order": order, "scope": scope})
+        if by == "signed" and not self.has_sign:
+            raise ValueError(f"scores by {self.criterion} have no sign that tells useful from harmful; by='magnitude'")
         if (rate is None) == (count is None):
             raise ValueError("give exactly one of rate and count")
         if rate is not None and not 0 <= rate <= 1:
@@ -158,20 +162,30 @@ class Scores(ByLayer):
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
-        extra = {"criterion": self.criterion, "samples": self.samples}
+        extra = {"criterion": self.criterion, "samples": self.samples, "has_sign": self.has_sign}
         save_tensors(path, "scores", self.units, {"magnitude": self, "signed": self.signed}, extra)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read what :meth:`save` wrote.
 
+        Of what 0.1 and 0.2 wrote, scores that were started with a loss get today's sign. Where ``absolute="never"``
+        kept the sign, both ways of ranking are the signed one, and the criterion's text says so.
+
         Raises
         ------
         ValueError
-            Not a file of this kind, or damaged.
+            Not a file of this kind, damaged, or written by a newer pxp.
         """
         units, tensors, extra = load_tensors(path, "scores")
-        return cls(units, tensors["magnitude"], tensors["signed"], **extra)
+        magnitude, signed = tensors["magnitude"], tensors["signed"]
+        if "has_sign" not in extra:
+            text, kept, turned = renewed(extra["criterion"])
+            signed = {name: -values for name, values in signed.items()} if turned else signed
+            magnitude = signed if kept else magnitude
+            extra |= {"criterion": f"{text}, by='signed'" if kept else text}
+            extra |= {"has_sign": not text.startswith(("Activation(", "Magnitude(", "Random("))}
+        return cls(units, magnitude, signed, **extra)
 
     def __repr__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self))
@@ -186,6 +200,16 @@ class Scores(ByLayer):
                 f"  {name:<{width}}  {len(values):4}  {values.median():9.3g}  {values.max():9.3g}  {negative:8.0%}"
             )
         return "\n".join(rows)
+
+
+WAYS = {"by": ("magnitude", "signed"), "order": ("least", "most"), "scope": ("global", "layer")}
+
+
+def check_ways(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of the options of :meth:`Scores.select` is none of those that there are."""
+    for name, allowed in WAYS.items():
+        if name in options and options[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
 
 
 def prices_of(units: Components, cost: str | Mapping[str, float] | None) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .compaction.compact import Blueprint
-from .data import Data, batches
+from .data import BATCH_SIZE, Data, batches
 from .masks import Mask, masked
 from .network.attention import Attention
 from .network.bake import plain
@@ -44,7 +44,7 @@ class Sweep:
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = 100
+        self, model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = BATCH_SIZE
     ) -> None:
         self.model, self.data, self.classes, self.batch_size = model, data, classes, batch_size
         self._blueprint: Blueprint | None = None
@@ -309,7 +309,7 @@ def correct(
     return torch.cat(found, dim=1)
 
 
-def hits(model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = 256) -> Tensor:
+def hits(model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = BATCH_SIZE) -> Tensor:
     """Which samples one model classifies correctly, bool (samples,); arguments and errors are those of ``accuracy``."""
     with evaluating(model):
         return correct(model, _alone(model), data, classes, batch_size)[0]

@@ -54,7 +54,7 @@ def main() -> None:
     trials = [
         trial
         for trial in pxp.load_study("vgg-grid").trials
-        if trial.params["absolute"] == "token" and trial.params["low"] == trial.params["middle"]
+        if trial.params["by"] == "magnitude" and trial.params["low"] == trial.params["middle"]
     ]
     known: dict[bytes, torch.Tensor] = {}
     counts, flipping = [], []

@@ -131,7 +131,7 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
 
 def test_curve_options_reach_select_and_accuracy():
     model, x, labels, units = network("vgg", samples=40)
-    scores = [pxp.attribute(model, None, units, pxp.Random(seed)) for seed in (0, 1)]
+    scores = [pxp.attribute(model, (x, labels), units, rule) for rule in (pxp.Taylor(), pxp.LRP("gamma"))]
     options = {"by": "signed", "order": "most", "scope": "layer", "min_keep": 2, "cost": "flops"}
     curve = pxp.pruning_curve(model, scores, (x, labels), rates=(0, 0.5, 1), classes=[0, 3], **options)
     assert curve.settings == options and curve.rates == (0, 0.5, 1) and len(curve.runs) == 2
@@ -139,7 +139,7 @@ def test_curve_options_reach_select_and_accuracy():
         for rate, found in zip(curve.rates, run, strict=True):
             with pxp.masked(model, one.select(rate, **options)):
                 assert found == pxp.accuracy(model, (x, labels), classes=[0, 3])
-    assert curve.criterion == "Random(seed=0)"
+    assert curve.criterion == repr(pxp.Taylor())
 
 
 def test_a_users_mask_stays_in_the_curve():

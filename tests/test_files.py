@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from vits import images_of, two_blocks
 
 import pxp
+from pxp.files import FORMAT
 
 
 def test_files_keep_heads(tmp_path):
@@ -107,3 +108,109 @@ def test_files_of_another_kind_are_refused(scores, tmp_path):
         pxp.Scores.load(tmp_path / "m")
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere"):
         pxp.Scores.load(tmp_path / "nowhere")
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def rewritten(path, change):
+    """A file of tensors with another header."""
+    with safe_open(path, framework="pt") as file:
+        header, tensors = json.loads(file.metadata()["pxp"]), {key: file.get_tensor(key) for key in file.keys()}
+    change(header)
+    save_file(tensors, path, metadata={"pxp": json.dumps(header)})
+
+
+def first_format(criterion):
+    """A header as 0.1 wrote it."""
+
+    def change(header):
+        del header["format"]
+        header["extra"] = {"criterion": criterion, "samples": 3}
+
+    return change
+
+
+OLD = {  # what 0.1 wrote → criterion; sign; whether magnitudes were the signed scores; has_sign
+    "LRP('gamma', absolute='sample')": ("LRP('gamma', absolute='sample')", 1, False, True),
+    "Taylor(start='loss', absolute='token')": ("Taylor(start='loss', absolute='token')", -1, False, True),
+    "LRP('zplus', start='loss', softmax='cp')": ("LRP('zplus', start='loss', softmax='cp')", -1, False, True),
+    "LRP('zplus', absolute='never')": ("LRP('zplus'), by='signed'", 1, True, True),
+    "Taylor(start='loss', absolute='never')": ("Taylor(start='loss'), by='signed'", -1, True, True),
+    "IntegratedGradients(steps=2, influence=False, start='loss')": (
+        "IntegratedGradients(steps=2, influence=False, start='loss')", -1, False, True,
+    ),
+    "Random(seed=3)": ("Random(seed=3)", 1, False, False),
+    "Magnitude(folded=True)": ("Magnitude(folded=True)", 1, False, False),
+    "Activation()": ("Activation()", 1, False, False),
+    "EpsilonPlus": ("EpsilonPlus", 1, False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), OLD.items(), ids=OLD)
+def test_scores_of_the_first_format_have_their_meaning(old, new, tmp_path):
+    _, _, _, units = network("vgg")
+    generator = torch.Generator().manual_seed(0)
+    signed = {name: torch.randn(layer.size, generator=generator) for name, layer in units.items()}
+    text, sign, kept, has_sign = new
+    written = signed if kept else {name: values.abs() + 1 for name, values in signed.items()}
+    pxp.Scores(units, written, signed).save(tmp_path / "scores")
+    rewritten(tmp_path / "scores", first_format(old))
+    scores = pxp.Scores.load(tmp_path / "scores")
+    assert (scores.criterion, scores.samples, scores.has_sign) == (text, 3, has_sign)
+    for name in units:
+        assert torch.equal(scores.signed[name], sign * signed[name])
+        assert torch.equal(scores[name], sign * signed[name] if kept else written[name])
+    scores.save(tmp_path / "again")  # once is enough
+    again = pxp.Scores.load(tmp_path / "again")
+    assert again.criterion == text and all(torch.equal(again.signed[n], scores.signed[n]) for n in units)
+
+
+def test_masks_of_the_first_format_and_files_of_a_later_one(scores, tmp_path):
+    mask = scores.select(0.4)
+    mask.save(tmp_path / "mask")
+    rewritten(tmp_path / "mask", lambda header: header.pop("format"))
+    assert pruned(pxp.Mask.load(tmp_path / "mask")) == pruned(mask)
+    scores.save(tmp_path / "scores")
+    for kind, name in ((pxp.Mask, "mask"), (pxp.Scores, "scores")):
+        rewritten(tmp_path / name, lambda header: header.update({"format": FORMAT + 1, "what": "of another kind"}))
+        with pytest.raises(ValueError, match=f"{name} has format 3, which a newer pxp wrote; this one reads up to 2"):
+            kind.load(tmp_path / name)
+
+
+def old_curve(criterion, **settings):
+    return {"rates": [0, 0.5], "runs": [[0.9, 0.4]], "criterion": criterion, "settings": settings}
+
+
+OLD_CURVES = {
+    "plain": (old_curve("LRP('gamma')", by="magnitude"), "LRP('gamma')", {"by": "magnitude"}),
+    "never": (old_curve("LRP('gamma', absolute='never')", by="magnitude"), "LRP('gamma')", {"by": "signed"}),
+    "a loss, signed": (
+        old_curve("Taylor(start='loss', absolute='token')", by="signed", order="least"),
+        "Taylor(start='loss', absolute='token')", {"by": "signed", "order": "most"},
+    ),
+    "a loss, never": (
+        old_curve("LRP('zplus', start='loss', absolute='never')", by="magnitude", order="most"),
+        "LRP('zplus', start='loss')", {"by": "signed", "order": "least"},
+    ),
+    "a loss, by magnitude": (
+        old_curve("LRP('zplus', start='loss')", by="magnitude"), "LRP('zplus', start='loss')", {"by": "magnitude"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entries", "criterion", "settings"), OLD_CURVES.values(), ids=OLD_CURVES)
+def test_curves_of_the_first_format_and_of_a_later_one(entries, criterion, settings, tmp_path):
+    (tmp_path / "one").write_text(json.dumps(entries))
+    (tmp_path / "many").write_text(json.dumps({"name": entries}))
+    for found in (pxp.Curve.load(tmp_path / "one"), pxp.load_curves(tmp_path / "many")["name"]):
+        assert (found.criterion, found.settings, found.runs) == (criterion, settings, ((0.9, 0.4),))
+        found.save(tmp_path / "again")
+        pxp.save_curves({"name": found}, tmp_path / "all")
+        assert pxp.Curve.load(tmp_path / "again") == pxp.load_curves(tmp_path / "all")["name"] == found
+    newer = {**entries, "format": FORMAT + 1}
+    (tmp_path / "one").write_text(json.dumps(newer))
+    (tmp_path / "many").write_text(json.dumps({"name": newer}))
+    for load, name in ((pxp.Curve.load, "one"), (pxp.load_curves, "many")):
+        with pytest.raises(ValueError, match=f"{name} has format 3, which a newer pxp wrote"):
+            load(tmp_path / name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from zennit.rules import Gamma as ZennitGamma
 from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
 import pxp
+from pxp.data import BATCH_SIZE
 from pxp.identity import identity
 
 RULES = {
@@ -198,3 +201,13 @@ def test_what_cannot_be_told():
     typed.__module__ = "__main__"  # a function of a notebook
     for value in (Local(), (x for x in ()), typed, {"deep": [typed]}, np.array([object()])):
         assert identity(value) is None
+
+
+def test_one_batch_size_for_all():
+    asking = [getattr(pxp, name) for name in pxp.__all__ if callable(getattr(pxp, name))]
+    defaults = {each.__name__: inspect.signature(each).parameters.get("batch_size") for each in asking}
+    found = {name: given.default for name, given in defaults.items() if given is not None}
+    assert {"accuracy", "attribute", "finetune", "heatmap", "prune_gradually", "pruning_curve", "tune"} <= set(found)
+    assert set(found.values()) == {BATCH_SIZE}
+    for name in found:
+        assert re.search(rf"batch_size : int, default (?!{BATCH_SIZE}\b)", getattr(pxp, name).__doc__) is None

@@ -106,6 +106,36 @@ def test_other_libraries_networks():
         assert pxp.find_components(model, example=torch.zeros(1, 3, 64, 64)).total > 0
 
 
+TAGGED = {  # name, weights → what timm is asked for
+    ("resnet18", "tv_in1k"): "resnet18.tv_in1k",
+    ("resnet18.a1_in1k", "a1_in1k"): "resnet18.a1_in1k",
+    ("vit_tiny_patch16_224", "augreg_in21k"): "vit_tiny_patch16_224.augreg_in21k",
+    ("resnet18.a2_in1k", "pretrained"): "resnet18.a2_in1k",
+    ("hf-hub:someone/something", "pretrained"): "hf-hub:someone/something",
+}
+
+
+@pytest.mark.parametrize(("given", "asked"), TAGGED.items(), ids=TAGGED.values())
+def test_tags_of_weights_are_honoured(given, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr("timm.create_model", lambda name, **options: calls.append((name, options)) or nn.Identity())
+    load_model(f"timm/{given[0]}", weights=given[1])
+    assert calls == [(asked, {"pretrained": True})]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"), [
+        ("resnet18", "tv_in1", "'resnet18' has no weights 'tv_in1'; allowed: 'pretrained', or of its tags: .*'tv_in1k'"),
+        ("resnet18.a1_in1k", "tv_in1k", "'resnet18.a1_in1k' has no weights 'tv_in1k'; .* of its tags: 'a1_in1k'"),
+        ("test_resnet", "DEFAULT", "'test_resnet' has no weights 'DEFAULT'"),
+        ("hf-hub:someone/something", "tag", "has no weights 'tag'; allowed: 'pretrained', or of its tags: none"),
+    ],
+)  # fmt: skip
+def test_unknown_tags(name, weights, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(f"timm/{name}", weights=weights)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_architectures_take_other_class_numbers(name):
     model = SHIPPED[name](num_classes=3).eval()

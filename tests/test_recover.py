@@ -279,6 +279,42 @@ def test_a_state_is_of_one_criterion_with_all_its_values(make, tmp_path, monkeyp
     assert all(torch.equal(resumed[name], whole[name]) for name in units)
 
 
+def test_states_of_the_first_format(tmp_path, monkeypatch):
+    """They knew a criterion by a text that left out the parameters of rule objects."""
+    model, x, labels, units = network("vgg", samples=3)
+    path = tmp_path / "state.pt"
+
+    def run(criterion, **options):
+        return pxp.prune_gradually(model, (x, labels), units, criterion, 0.4, steps=3, state=path, **options)
+
+    for criterion, old, by, goes_on in (
+        (
+            pxp.LRP("gamma", low="zplus"),
+            "LRP(low='zplus', middle='gamma', high='gamma', fc='gamma')",
+            "magnitude",
+            True,
+        ),
+        (pxp.Taylor(), "Taylor(start='loss', absolute='token')", "magnitude", True),
+        (pxp.Taylor(), "Taylor(start='loss', absolute='token')", "signed", False),  # the sign was the other one
+        (pxp.LRP(pxp.ZPlus()), "LRP(ZPlus())", "magnitude", False),  # of any epsilon
+        (pxp.LRP("gamma"), "LRP('zplus')", "magnitude", False),
+    ):
+        whole = run(criterion, by=by)
+        saved = torch.load(path)
+        saved["about"]["criterion"], saved["done"] = old, 2
+        del saved["format"]
+        torch.save(saved, path)
+        if goes_on:
+            assert all(torch.equal(run(criterion, by=by)[name], whole[name]) for name in units)
+        else:
+            with pytest.raises(ValueError, match=r"state\.pt is the state of another run: criterion differ"):
+                run(criterion, by=by)
+        torch.save({**saved, "format": 3}, path)
+        with pytest.raises(ValueError, match=r"state\.pt has format 3, which a newer pxp wrote"):
+            run(criterion, by=by)
+        path.unlink()
+
+
 def test_a_state_needs_a_criterion_that_can_be_told(tmp_path):
     class Own(pxp.Random):
         """Made anew by each call of a function, so that its name tells nothing."""

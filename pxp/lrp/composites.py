@@ -143,7 +143,8 @@ class LRP(Criterion):
         :class:`pxp.SoftmaxZPlus`.
     start : {"logit", "one", "margin", "loss"}, default "logit"
         What the relevance of a sample starts with: the target's logit; 1, as in the paper's public code (the logit's
-        relevance divided by the logit, unstable near 0); the logit minus the largest other one; the cross-entropy loss.
+        relevance divided by the logit, unstable near 0); the logit minus the largest other one; minus the cross-entropy
+        loss. Positive always means useful for the target.
     path_steps : int, default 1
         Average the relevance over this many images on the straight way from black to the image; costs as many passes.
     baseline : float or tuple of float, default 0.0
@@ -152,10 +153,10 @@ class LRP(Criterion):
         For the rules given by name: leave biases out of the denominators. Under ε and γ these can then be almost 0
         where the outputs are not, and relevance of both signs grows from layer to layer; where it overflows, that is
         an error.
-    absolute : {"token", "sample", "never"}, default "token"
+    absolute : {"token", "sample"}, default "token"
         ``scores`` are means of absolute values: taken per token, as in the paper, or per sample, after summing over
-        its tokens (filters have one token, so there is no difference), or not at all: the mean relevance with its sign,
-        so that the most negative component goes first.
+        its tokens (filters have one token, so there is no difference). To rank by the mean with its sign, select
+        ``by="signed"``.
     **parameters
         Parameters of a group's rule that is given by name, as ``<group>_<parameter>``: ``low_epsilon``,
         ``middle_gamma``, ``high_alpha`` (β = α − 1), ``fc_zero_params`` and so on. It is how :func:`pxp.tune` writes a
@@ -223,7 +224,9 @@ class LRP(Criterion):
                 chosen = make_rule(chosen, **{"zero_params": zero_params, **own})
             object.__setattr__(self, group, chosen)
         if parameters:
-            raise TypeError(f"LRP has no parameter {', '.join(map(repr, parameters))}")
+            selects = "; options of Scores.select are no part of a criterion: pxp.winner(study) gives both"
+            about = selects if parameters.keys() & {"by", "order", "scope", "min_keep", "cost"} else ""
+            raise TypeError(f"LRP has no parameter {', '.join(map(repr, parameters))}{about}")
         for name, value in (
             ("input", input),
             ("start", start),

@@ -12,13 +12,14 @@ from ..lrp.composites import GROUPS, LRP
 from ..lrp.rules import PARAMETERS
 from ..lrp.softmax import SOFTMAX_RULES
 from ..network.attention import is_head_layer
+from ..scores import check_ways
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
 PAPER_RULES = ("epsilon", "alpha2beta1", "gamma", "zplus")
-SELECTION = ("min_keep", "scope", "cost")
+SELECTION = ("by", "order", "scope", "min_keep", "cost")
 
 
 class SearchSpace(Mapping[str, "BaseDistribution"]):
@@ -27,10 +28,18 @@ class SearchSpace(Mapping[str, "BaseDistribution"]):
     Parameters
     ----------
     choices : mapping
-        Arguments of :class:`pxp.LRP`, or of :meth:`pxp.Scores.select` (``min_keep``, ``scope``, ``cost``), each with a
-        list of values or an Optuna distribution.
+        Arguments of :class:`pxp.LRP`, or of :meth:`pxp.Scores.select` (``by``, ``order``, ``scope``, ``min_keep``,
+        ``cost``), each with a list of values or an Optuna distribution.
     when : mapping, optional
-        Parameter → (other parameter, value): it exists only where the other one has this value.
+        Parameter → (other parameter, value): it exists only where the other one has this value. In any order.
+
+    Raises
+    ------
+    ValueError
+        An empty space; a parameter without values, or with a wrong one; a condition of or on a parameter that is not in
+        the space, on a value that the other one never has, or in a circle.
+    TypeError
+        A parameter that neither takes.
     """
 
     def __init__(self, choices: Mapping[str, Any], when: Mapping[str, tuple[str, Any]] | None = None) -> None:
@@ -46,8 +55,26 @@ class SearchSpace(Mapping[str, "BaseDistribution"]):
             self._distributions[name] = given
         if not self._distributions:
             raise ValueError("the search space is empty")
+        self._order = self._by_condition()
         for settings in self._corners():
-            split_setting(settings)  # a wrong name or value is an error here, not in every trial
+            check_ways(split_setting(settings)[1])  # a wrong name or value is an error here, not in every trial
+
+    def _by_condition(self) -> list[str]:
+        """The parameters, each behind the one that it depends on."""
+        for name, (other, value) in self.when.items():
+            for each in (name, other):
+                if each not in self:
+                    raise ValueError(f"when names {each!r}, which is not in the space; there are {', '.join(self)}")
+            choices, low = getattr(self[other], "choices", None), getattr(self[other], "low", None)
+            if not (low <= value <= self[other].high if choices is None else value in choices):  # type: ignore
+                raise ValueError(f"{name!r} is to exist when {other!r} is {value!r}, which it never is: {self[other]}")
+        order: list[str] = []
+        while len(order) < len(self):
+            found = [n for n in self if n not in order and (n not in self.when or self.when[n][0] in order)]
+            if not found:
+                raise ValueError(f"conditions in a circle: {', '.join(n for n in self if n not in order)}")
+            order.append(found[0])
+        return order
 
     def _corners(self) -> Iterator[dict[str, Any]]:
         """Every value by itself, with the rule that a parameter of a rule belongs to, or the path of a baseline."""
@@ -71,7 +98,7 @@ class SearchSpace(Mapping[str, "BaseDistribution"]):
 
     def __or__(self, more: Mapping[str, Any]) -> SearchSpace:
         """This space with further or other parameters."""
-        return SearchSpace({**self, **more}, self.when)
+        return SearchSpace({**self, **more}, {**self.when, **getattr(more, "when", {})})
 
     @property
     def size(self) -> float:
@@ -91,9 +118,10 @@ class SearchSpace(Mapping[str, "BaseDistribution"]):
         from optuna.distributions import CategoricalDistribution, FloatDistribution
 
         setting: dict[str, Any] = {}
-        for name, distribution in self.items():
+        for name in self._order:
+            distribution = self[name]
             other, value = self.when.get(name, (None, None))
-            if other is not None and setting.get(other) != value:
+            if other is not None and (other not in setting or setting[other] != value):
                 continue
             if isinstance(distribution, CategoricalDistribution):
                 setting[name] = trial.suggest_categorical(name, distribution.choices)
@@ -128,7 +156,7 @@ def search_space(model: nn.Module, kind: str = "paper") -> SearchSpace:
         ``"paper"``: one of ε, α2β1, γ, z⁺ for each depth group, absolute or signed relevance, the softmax rule: 512
         settings for a CNN, 1,536 for a transformer (Hatefi et al. 2024, as the method is reported). ``"extended"``:
         besides, the rules' own parameters (log-uniform γ and ε, α), biases in or out of each group's denominators, the
-        start, averaging over a path (at its cost), absolute values per token or sample.
+        start, averaging over a path (at its cost), and of a transformer absolute values per token or sample.
 
     Returns
     -------
@@ -146,7 +174,7 @@ def search_space(model: nn.Module, kind: str = "paper") -> SearchSpace:
         raise ValueError(f"unknown search space {kind!r}; allowed: 'paper', 'extended', a dict, or a callable")
     transformer = any(is_head_layer(module) for module in model.modules())
     choices: dict[str, Any] = {group: PAPER_RULES for group in GROUPS}
-    choices["absolute"] = ["token", "never"]
+    choices["by"] = ["magnitude", "signed"]
     if transformer:
         choices["softmax"] = [*SOFTMAX_RULES]
     if kind == "paper":
@@ -160,7 +188,7 @@ def search_space(model: nn.Module, kind: str = "paper") -> SearchSpace:
         when[f"{group}_alpha"] = (group, "alpha2beta1")
         choices[f"{group}_zero_params"] = [None, "bias"]
     if transformer:
-        choices["absolute"] = ["token", "sample", "never"]
+        choices["absolute"] = ["token", "sample"]
     return SearchSpace({**choices, "start": ["logit", "margin", "loss"], "path_steps": [1, 2, 4]}, when)
 
 
@@ -168,6 +196,24 @@ def split_setting(setting: Mapping[str, Any]) -> tuple[LRP, dict[str, Any]]:
     """Turn a setting into the criterion and the options of :meth:`pxp.Scores.select` that it names."""
     options = {name: value for name, value in setting.items() if name in SELECTION}
     return LRP(**{name: value for name, value in setting.items() if name not in SELECTION}), options
+
+
+def renewed(setting: Mapping[str, Any], sample: bool = True) -> dict[str, Any]:
+    """A setting of format 1 in today's words: ``absolute="never"`` was ``by="signed"``, with a loss of the other sign.
+
+    ``sample``: whether ``absolute`` stays, since it was ``"sample"`` elsewhere in the search.
+    """
+    found: dict[str, Any] = {}
+    for name, value in setting.items():
+        if name != "absolute":
+            found[name] = value
+            continue
+        found["by"] = "signed" if value == "never" else "magnitude"
+        if sample:
+            found["absolute"] = "token" if value == "never" else value
+    if found.get("by") == "signed" and setting.get("start") == "loss":
+        found["order"] = "most"
+    return found
 
 
 def as_criterion(chosen: Any) -> tuple[Any, dict[str, Any]]:

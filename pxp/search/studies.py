@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..attribute import attribute
 from ..criteria import Criterion
-from ..data import Data, batches, shipped_file
+from ..data import BATCH_SIZE, Data, batches, shipped_file
 from ..evaluate import Curve, pruning_curve
+from ..files import FORMAT, Newer, check_format
 from ..network.components import Components
-from .space import as_criterion
+from .space import as_criterion, renewed
+from .storage import check_choices
 
 if TYPE_CHECKING:
     import optuna
@@ -26,6 +28,8 @@ SHARED = 0.01  # two splits of one collection may hold a few equal images
 
 def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | None = None) -> tuple[Criterion, dict]:
     """The best criterion of a study, and the options of :meth:`pxp.Scores.select` that belong to it.
+
+    ``study.best_params`` names both together, and lacks what :func:`pxp.tune` was given for all trials.
 
     Parameters
     ----------
@@ -54,6 +58,8 @@ def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | N
     if trial is not None and trial not in by_number:
         raise ValueError(f"the study has no trial {trial}")
     params = study.best_params if trial is None else by_number[trial].params
+    if space is None and params.get("absolute") == "never":
+        params = renewed(params)
     criterion, options = as_criterion(params if space is None else space(optuna.trial.FixedTrial(params)))
     return criterion, {**study.user_attrs.get("pxp", {}).get("selection", {}), **options}
 
@@ -67,7 +73,7 @@ def tuned_curve(
     *,
     space: Callable | None = None,
     trial: int | None = None,
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Curve:
     """The winner's pruning curve on images that tuning has not seen.
@@ -133,6 +139,11 @@ def save_study(study: optuna.Study, path: str | Path) -> None:
     ----------
     study : optuna.Study
     path : path
+
+    Raises
+    ------
+    ValueError
+        Choices that JSON does not hold, such as rule objects.
     """
     from optuna.distributions import distribution_to_json
 
@@ -141,10 +152,12 @@ def save_study(study: optuna.Study, path: str | Path) -> None:
     for trial in study.get_trials(deepcopy=False):
         if not trial.state.is_finished():
             continue
+        check_choices(trial.distributions, "a file")
         distributions |= {name: json.loads(distribution_to_json(d)) for name, d in trial.distributions.items()}
         attrs = {name: value for name, value in trial.user_attrs.items() if name not in ("seconds", "worker")}
         trials.append({"state": trial.state.name, "params": trial.params, "values": trial.values, "attrs": attrs})
     content = {
+        "format": FORMAT,
         "name": study.study_name,
         "directions": [direction.name.lower() for direction in study.directions],
         "attrs": study.user_attrs,
@@ -171,7 +184,7 @@ def load_study(path: str | Path) -> optuna.Study:
     FileNotFoundError
         Neither a file nor a shipped study; the message names those.
     ValueError
-        Not a file of this kind, or damaged.
+        Not a file of this kind, damaged, or written by a newer pxp.
     """
     import optuna
     from optuna.distributions import json_to_distribution
@@ -179,6 +192,8 @@ def load_study(path: str | Path) -> optuna.Study:
     file = shipped_file(path, "studies")
     try:
         content = json.loads(file.read_text())
+        if check_format(content.get("format"), file) < 2:
+            content = _renewed(content)
         known = {name: json_to_distribution(json.dumps(each)) for name, each in content["distributions"].items()}
         trials = [
             optuna.trial.create_trial(
@@ -192,6 +207,8 @@ def load_study(path: str | Path) -> optuna.Study:
             for trial in content["trials"]
         ]
         directions, name, attrs = content["directions"], content["name"], content["attrs"]
+    except Newer:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no study written by pxp, or it is damaged: {error}") from error
     level = optuna.logging.get_verbosity()
@@ -206,9 +223,35 @@ def load_study(path: str | Path) -> optuna.Study:
     return study
 
 
+def _renewed(content: dict) -> dict:
+    """A study of format 1 in today's words, see :func:`pxp.search.space.renewed`."""
+    choices = content["distributions"].get("absolute", {}).get("attributes", {}).get("choices", ())
+    if "never" not in choices:
+        return content
+    from optuna.distributions import CategoricalDistribution, distribution_to_json
+
+    sample, selection = "sample" in choices, content["attrs"].get("pxp", {}).get("selection", {})
+    new = [renewed({"absolute": value, "start": "loss"}, sample) for value in choices]
+    known = {name: each for name, each in content["distributions"].items() if name != "absolute"}
+    for name in ("by", "absolute", "order"):
+        values = dict.fromkeys(setting[name] for setting in new if name in setting)
+        if values:
+            known[name] = json.loads(distribution_to_json(CategoricalDistribution([*values])))
+    trials = []
+    for trial in content["trials"]:
+        params = renewed(trial["params"], sample)
+        try:
+            criterion, options = as_criterion(params)
+        except (TypeError, ValueError):  # the parameters of a function, which means by them what it likes
+            return content
+        attrs = {**trial["attrs"], "setting": repr((criterion, sorted({**selection, **options}.items())))}
+        trials.append({**trial, "params": params, "attrs": attrs})
+    return {**content, "distributions": known, "trials": trials}
+
+
 def whole(data: Data) -> tuple[Tensor, Tensor]:
     """All images and labels in memory: every trial reads them again."""
-    parts = list(batches(data, 256))
+    parts = list(batches(data, BATCH_SIZE))
     if not parts:
         raise ValueError("there are no images")
     return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +21,10 @@ from zennit.core import Composite
 from ..attribute import attribute
 from ..bars import bar
 from ..budget import Budget, latencies
-from ..criteria import Criterion, Taylor
-from ..data import Data
+from ..criteria import Criterion
+from ..data import BATCH_SIZE, Data
 from ..evaluate import RATES
+from ..files import FORMAT, check_format
 from ..identity import identity
 from ..lrp.composites import LRP
 from ..masks import Mask
@@ -33,6 +32,7 @@ from ..network.components import Components
 from ..scores import Scores
 from ..sweep import Sweep
 from .space import SearchSpace, as_criterion, search_space
+from .storage import check_choices, check_same, offered_by, open_storage, quiet
 from .studies import SHARED, fingerprints, whole
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class _Trials:
         started = time.perf_counter()
         try:
             scores = self.scores(criterion)
-            if torch.cat(list(scores.values())).unique().numel() == 1:
+            ranked = scores.signed if options.get("by") == "signed" else scores
+            if torch.cat(list(ranked.values())).unique().numel() == 1:
                 raise ValueError("all scores are equal, so they rank nothing")
         except ValueError as problem:
             trial.set_user_attr("reason", str(problem))
@@ -189,19 +190,14 @@ class _Trials:
         return earlier.values[0] if len(earlier.values) == 1 else tuple(earlier.values)
 
     def scores(self, criterion: Criterion | Composite) -> Scores:
-        """Attribute once per criterion; absolute and signed scores come from the same pass."""
-        signed, both = False, criterion
-        if isinstance(criterion, LRP | Taylor) and criterion.absolute == "never":
-            signed, both = True, dataclasses.replace(criterion, absolute="token")
-        key = identity(both)
+        """Attribute once per criterion; magnitudes and signed scores come from the same pass."""
+        key = identity(criterion)
         found = None if key is None else self._scores.get(key)
         if found is None:
-            found = attribute(self.model, self.refs, self.units, both, progress=False)
+            found = attribute(self.model, self.refs, self.units, criterion, progress=False)
             if key is not None:
                 self._scores[key] = found
-        if not signed:
-            return found
-        return Scores(self.units, found.signed, found.signed, criterion=repr(criterion), samples=found.samples)
+        return found
 
     def latencies(self) -> dict[str, float]:
         """Measured once: trials with the same setting must choose the same masks."""
@@ -221,7 +217,7 @@ def tune(
     refs: Data,
     units: Components,
     tune_data: Data,
-    n_trials: int | None = 100,
+    n_trials: int | None = None,
     *,
     space: str | Mapping[str, Any] | Callable[[optuna.Trial], Any] = "paper",
     objective: str | Sequence[str] = "a_pr",
@@ -231,15 +227,15 @@ def tune(
     scope: str = "global",
     sampler: str | optuna.samplers.BaseSampler | None = None,
     pruner: optuna.pruners.BasePruner | None = None,
-    storage: str | optuna.storages.BaseStorage | None = None,
+    storage: str | Path | optuna.storages.BaseStorage | None = None,
     study_name: str | None = None,
     seed: int | None = 0,
     n_jobs: int = 1,
     timeout: float | None = None,
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> optuna.Study:
-    """Search the criterion whose ranking prunes best; ``pxp.LRP(**study.best_params)`` is the winner.
+    """Search the criterion whose ranking prunes best; :func:`pxp.winner` gives it and how it selects.
 
     A setting that was tried before, by any worker, is not evaluated again: its trial gets the known values (user
     attribute ``same_as``). Nor is an attribution or a mask. A setting that gives no ranking (NaN, infinite or all equal
@@ -251,8 +247,9 @@ def tune(
         As for :func:`pxp.attribute`.
     tune_data : (images, labels), Dataset or DataLoader
         The images that the objective is measured on. Never report on them: :func:`pxp.tuned_curve` refuses to.
-    n_trials : int or None, default 100
-        Trials of the whole study, over all workers and earlier calls; None: no limit but ``timeout`` or the grid's end.
+    n_trials : int, optional
+        Trials of the whole study, over all workers and earlier calls. Default: all of a grid; no limit but ``timeout``,
+        where there is one; else 100.
     space : {"paper", "extended"}, mapping, SearchSpace or callable
         See :func:`pxp.search_space`; a mapping as for :class:`pxp.search.space.SearchSpace`; or a function that takes
         an ``optuna.Trial`` and returns such a setting, any criterion, or (criterion, options of ``select``).
@@ -272,12 +269,12 @@ def tune(
         space once.
     pruner : Optuna pruner, optional
         Stops hopeless trials by the area under the curve so far; default none. Single objective ``"a_pr"`` only.
-    storage : str or Optuna storage, optional
+    storage : str, path or Optuna storage, optional
         Default in memory. A path that ends in ``.journal``, for several processes on one machine; or any database URL
         of Optuna's: ``sqlite:///study.db``, ``postgresql+psycopg://…`` for many machines. In a database a worker's
         heartbeat shows that it lives, and the trial of a killed one is tried again.
     study_name : str, optional
-        With ``storage``: the study to join or to go on with.
+        With ``storage``: the study to join or to go on with; a study keeps its choices.
     seed : int or None, default 0
         With one worker the study is repeatable to the last bit. Workers that start together need different ones, or
         None.
@@ -298,7 +295,7 @@ def tune(
     ValueError
         As :func:`pxp.attribute`; unknown space, sampler or objective; a wrong name or value in the space; references
         that are also tuning images; a stored study of another network, or of other images, references, components,
-        objective or rates.
+        objective, rates or choices; choices that a storage cannot hold, such as rule objects.
     """
     import optuna
     from optuna.trial import TrialState
@@ -317,6 +314,7 @@ def tune(
     if shared > SHARED * len(marks):
         raise ValueError(f"{shared} reference images are also tuning images; draw the two from different splits")
     about = {
+        "format": FORMAT,
         "objective": [objective] if isinstance(objective, str) else list(objective),
         "rates": list(rates),
         "classes": None if classes is None else list(classes),
@@ -334,7 +332,10 @@ def tune(
     everything = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
     run.sweep.accuracies([Mask(units, everything)])
 
-    with _quiet():
+    offered = space if isinstance(space, SearchSpace) else {} if storage is None else offered_by(space)
+    if not isinstance(storage, optuna.storages.InMemoryStorage | None):
+        check_choices(offered, "a stored study")
+    with quiet():
         study = optuna.create_study(
             storage=open_storage(storage),
             study_name=study_name,
@@ -343,13 +344,18 @@ def tune(
             directions=["maximize"] * len(objectives),
         )
         known = study.user_attrs.get("pxp")
+        check_format((known or about).get("format"), f"study {study.study_name!r}")
         if known is None:
             study.set_user_attr("pxp", about)
         elif differ := [name for name in about if name in known and known[name] != about[name]]:
             raise ValueError(
                 f"study {study.study_name!r} exists with other {', '.join(differ)}; use another study_name"
             )
-        study.sampler = _sampler(sampler, space, seed, len(study.get_trials(deepcopy=False)))
+        trials = study.get_trials(deepcopy=False)
+        check_same(study, offered)
+        study.sampler = _sampler(sampler, space, seed, len(trials))
+        if n_trials is None and timeout is None and not isinstance(study.sampler, optuna.samplers.GridSampler):
+            n_trials = 100
 
         def ended() -> int:
             trials = study.get_trials(deepcopy=False)
@@ -373,34 +379,6 @@ def tune(
     return study
 
 
-def open_storage(storage: str | optuna.storages.BaseStorage | None) -> optuna.storages.BaseStorage | None:
-    """Open a journal file or a database; in a database workers have a heartbeat and lost trials are tried again."""
-    import optuna
-
-    if not isinstance(storage, str):
-        return storage
-    if storage.endswith(".journal"):
-        from optuna.storages.journal import JournalFileBackend
-
-        return optuna.storages.JournalStorage(JournalFileBackend(storage))
-    from sqlalchemy.exc import DatabaseError
-
-    if "://" not in storage:
-        raise ValueError(
-            f"storage must be a database URL such as 'sqlite:///study.db' or a *.journal file, got {storage!r}"
-        )
-    with _quiet():
-        again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-        for attempt in range(5):
-            try:
-                return optuna.storages.RDBStorage(storage, heartbeat_interval=30, heartbeat_stale_trial_callback=again)
-            except DatabaseError:  # another worker that starts at the same time is making the tables
-                if attempt == 4:
-                    raise
-                time.sleep(0.5 + random.random())
-    raise AssertionError("unreachable")
-
-
 def _sampler(
     sampler: str | optuna.samplers.BaseSampler | None, space: Any, seed: int | None, begun: int
 ) -> optuna.samplers.BaseSampler:
@@ -422,18 +400,3 @@ def _sampler(
     if sampler == "random":
         return samplers.RandomSampler(seed=seed)
     return samplers.TPESampler(seed=seed)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna's messages about every trial, and about parts that it calls experimental, are not the user's concern."""
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)

@@ -111,7 +111,7 @@ FAULTS = [
     Fault("activation before the non-linearity", "criteria.py",
           "                if layer.activation is not None:", "                if False:", "test_criteria.py"),
     Fault("magnitudes of the sum over samples", "attribute.py",
-          "value = value if asked.absolute == \"never\" else value.abs()", "value = value", "test_attribute.py"),
+          "value.abs().sum((0, 1), dtype=wide)", "value.sum((0, 1), dtype=wide)", "test_attribute.py"),
     Fault("the last batch is not counted", "attribute.py",
           "            samples += len(value)", "            samples = len(value)", "test_attribute.py -k batch"),
     # --- choosing, masking, measuring -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -28,12 +29,13 @@ from zennit.core import Composite, Hook
 import pxp
 from pxp import sweep
 from pxp.__main__ import main
+from pxp.files import FORMAT
 from pxp.search.space import SearchSpace
 from pxp.search.tune import Objective, open_storage
 
 tune_module = import_module("pxp.search.tune")
 RATES = (0, 0.3, 0.6)
-FEW = {"low": ["epsilon", "zplus"], "middle": ["epsilon", "gamma"], "absolute": ["token", "never"]}
+FEW = {"low": ["epsilon", "zplus"], "middle": ["epsilon", "gamma"], "by": ["magnitude", "signed"]}
 
 
 @pytest.fixture
@@ -59,8 +61,8 @@ def search(ready, n_trials=6, **options):
 def test_the_papers_spaces():
     cnn, vit = pxp.search_space(pxp.load_model("vgg")), pxp.search_space(pxp.load_model("vit"))
     assert cnn.size == 4**4 * 2 == 512 and vit.size == 4**4 * 2 * 3 == 1536
-    assert list(cnn) == ["low", "middle", "high", "fc", "absolute"] and "softmax" in vit
-    assert repr(cnn).splitlines()[:2] == ["512 settings", "  low       epsilon, alpha2beta1, gamma, zplus"]
+    assert list(cnn) == ["low", "middle", "high", "fc", "by"] and "softmax" in vit
+    assert repr(cnn).splitlines()[:2] == ["512 settings", "  low     epsilon, alpha2beta1, gamma, zplus"]
     for choices in cnn.grid().values():
         assert len(choices) in (2, 4)
 
@@ -73,13 +75,14 @@ def test_the_extended_space_reaches_every_parameter():
     seen = set()
     for _ in range(60):
         setting = space(study.ask())
+        assert setting.pop("by") in ("magnitude", "signed")
         pxp.LRP(**setting)  # every setting is one
         for group in ("low", "middle", "high", "fc"):
             own = {name.removeprefix(f"{group}_") for name in setting if name.startswith(f"{group}_")}
             parameter = {"epsilon": "epsilon", "gamma": "gamma", "alpha2beta1": "alpha"}.get(setting[group])
             assert own == {"zero_params", *([parameter] if parameter else [])}
         seen |= set(setting)
-    assert seen == set(space)
+    assert {*seen, "by"} == set(space)
 
 
 def test_spaces_of_ones_own():
@@ -101,12 +104,48 @@ def test_spaces_of_ones_own():
         ({"low": ["epsilon", "gama"]}, ValueError, "unknown rule 'gama'"),
         ({"lower": ["epsilon"]}, TypeError, "LRP has no parameter 'lower'"),
         ({"absolute": ["always"]}, ValueError, "absolute must be one of"),
+        (
+            {"absolute": ["token", "never"]},
+            ValueError,
+            r"absolute must be one of .*scores\.select\(rate, by='signed'\)",
+        ),
+        ({"by": ["magnitude", "sign"]}, ValueError, "by must be one of 'magnitude', 'signed', got 'sign'"),
+        ({"order": ["lowest"]}, ValueError, "order must be one of 'least', 'most', got 'lowest'"),
         ({"path_steps": [2], "baseline": [math.inf]}, ValueError, "baseline must be a finite number"),
     ],
 )
 def test_wrong_spaces_are_errors_before_any_trial(ready, space, error, message):
     with pytest.raises(error, match=message):
         search(ready, space=space)
+
+
+def test_conditions_hold_in_any_order():
+    choices = {"low_gamma": FloatDistribution(0.1, 1), "low": ["gamma", "zplus"], "min_keep": [2], "by": ["signed"]}
+    when = {"low_gamma": ("low", "gamma"), "low": ("min_keep", 2), "by": ("low_gamma", 0.5)}
+    expected = {"low": "gamma", "low_gamma": 0.5, "min_keep": 2, "by": "signed"}
+    for names in itertools.permutations(choices):
+        space = SearchSpace({name: choices[name] for name in names}, when)
+        assert space(optuna.trial.FixedTrial(expected)) == expected
+        assert space(optuna.trial.FixedTrial({"low": "zplus", "min_keep": 2})) == {"low": "zplus", "min_keep": 2}
+    wider = SearchSpace({"high": ["zplus"]}) | SearchSpace(
+        {"low": ["zplus"], "fc": ["gamma"]}, {"fc": ("low", "zplus")}
+    )
+    assert wider.when == {"fc": ("low", "zplus")}
+
+
+@pytest.mark.parametrize(
+    ("when", "message"), [
+        ({"low_gamma": ("lwo", "gamma")}, "when names 'lwo', which is not in the space; there are low, low_gamma, fc"),
+        ({"low_gama": ("low", "gamma")}, "when names 'low_gama', which is not in the space"),
+        ({"low_gamma": ("low", "gama")}, "'low_gamma' is to exist when 'low' is 'gama', which it never is"),
+        ({"fc": ("low_gamma", 3.0)}, "'fc' is to exist when 'low_gamma' is 3.0, which it never is"),
+        ({"fc": ("low", "gamma"), "low": ("fc", "zplus")}, "conditions in a circle: low, fc"),
+        ({"fc": ("fc", "zplus")}, "conditions in a circle: fc"),
+    ],
+)  # fmt: skip
+def test_wrong_conditions(when, message):
+    with pytest.raises(ValueError, match=message):
+        SearchSpace({"low": ["gamma", "zplus"], "low_gamma": FloatDistribution(0.1, 1), "fc": ["zplus"]}, when)
 
 
 def test_parameters_of_rules_by_name():
@@ -139,25 +178,21 @@ def test_the_winner_is_what_its_trial_measured(ready, untouched):
     study = search(ready, 8, sampler="grid")
     assert len(study.trials) == 8 and {t.state for t in study.trials} == {TrialState.COMPLETE}
     for trial in study.trials:
-        scores = pxp.attribute(model, refs, units, pxp.LRP(**trial.params))
-        curve = pxp.pruning_curve(model, scores, data, rates=RATES)
+        criterion, options = pxp.winner(study, trial=trial.number)
+        scores = pxp.attribute(model, refs, units, criterion)
+        curve = pxp.pruning_curve(model, scores, data, rates=RATES, **options)
         assert trial.user_attrs["curve"] == list(curve.runs[0]) and trial.value == pytest.approx(curve.a_pr)
         assert set(trial.user_attrs["seconds"]) == {"attribution", "sweep"}
     assert study.best_value == max(t.value for t in study.trials)
-    assert repr(pxp.winner(study)[0]) == repr(pxp.LRP(**study.best_params))
-    assert pxp.winner(study)[1] == {"min_keep": 0, "scope": "global"}
+    best = dict(study.best_params)
+    assert pxp.winner(study)[1] == {"min_keep": 0, "scope": "global", "by": best["by"]}
+    with pytest.raises(
+        TypeError, match=r"LRP has no parameter 'by'; options of Scores\.select .* pxp\.winner\(study\)"
+    ):
+        pxp.LRP(**best)
+    del best["by"]
+    assert pxp.winner(study)[0] == pxp.LRP(**best)
     assert len({t.value for t in study.trials}) > 1
-
-
-def test_signed_scores_are_the_signed_means(ready):
-    model, refs, units, _ = ready
-    both = pxp.attribute(model, refs, units, pxp.LRP())
-    signed = pxp.attribute(model, refs, units, pxp.LRP(absolute="never"))
-    for name in units:
-        assert torch.equal(signed[name], both.signed[name]) and torch.equal(signed.signed[name], both.signed[name])
-    assert {n: m.tolist() for n, m in signed.select(0.5).items()} == {
-        n: m.tolist() for n, m in both.select(0.5, by="signed").items()
-    }
 
 
 def test_a_seed_repeats_a_study(ready):
@@ -185,10 +220,10 @@ def test_nothing_is_computed_twice(ready, monkeypatch):
 
     monkeypatch.setattr(tune_module, "attribute", count(attribute, "attribute"))
     monkeypatch.setattr(sweep.Merger, "add", count(add, "accuracy"))
-    study = search(ready, 9, space={"absolute": ["token", "never"]}, sampler="random")
+    study = search(ready, 9, space={"by": ["magnitude", "signed"]}, sampler="random")
     # one attribution gives both, one more tries the arguments; the unpruned network is measured once
     assert calls == {"attribute": 2, "accuracy": 5}
-    first = {t.params["absolute"]: t for t in reversed(study.trials) if "same_as" not in t.user_attrs}
+    first = {t.params["by"]: t for t in reversed(study.trials) if "same_as" not in t.user_attrs}
     repeated = [t for t in study.trials if "same_as" in t.user_attrs]
     assert len(first) == 2 and len(repeated) == 7
     for trial in repeated:
@@ -204,7 +239,7 @@ class AfterTwoRates(optuna.pruners.BasePruner):
 
 
 def test_pruners_see_the_growing_curve(ready):
-    study = search(ready, 4, pruner=AfterTwoRates(), space={"absolute": ["token", "never"]}, sampler="random")
+    study = search(ready, 4, pruner=AfterTwoRates(), space={"by": ["magnitude", "signed"]}, sampler="random")
     whole, *stopped = study.trials
     assert whole.state == TrialState.COMPLETE
     areas = [sum(whole.user_attrs["curve"][: i + 1]) / 3 for i in range(3)]
@@ -288,7 +323,8 @@ def test_accuracy_at_one_rate(ready):
     model, refs, units, data = ready
     study = search(ready, 4, objective="accuracy@0.45", sampler="random")
     for trial in study.trials:
-        mask = pxp.attribute(model, refs, units, pxp.LRP(**trial.params)).select(0.45)
+        criterion, options = pxp.winner(study, trial=trial.number)
+        mask = pxp.attribute(model, refs, units, criterion).select(0.45, **options)
         with pxp.masked(model, mask):
             assert trial.value == pytest.approx(pxp.accuracy(model, data))
 
@@ -297,10 +333,11 @@ def test_a_front_of_accuracy_and_cost(ready):
     model, refs, units, data = ready
     study = search(ready, 8, objective=["a_pr", "flops@0.2", "parameters@0.2"], sampler="grid")
     for trial in study.trials:
-        scores = pxp.attribute(model, refs, units, pxp.LRP(**trial.params))
-        curve = pxp.pruning_curve(model, scores, data, rates=RATES)
+        criterion, options = pxp.winner(study, trial=trial.number)
+        scores = pxp.attribute(model, refs, units, criterion)
+        curve = pxp.pruning_curve(model, scores, data, rates=RATES, **options)
         best = max(rate for rate, a in zip(RATES, curve.accuracy, strict=True) if a >= 0.2 * curve.accuracy[0])
-        mask = scores.select(best)
+        mask = scores.select(best, **options)
         for value, price in zip(trial.values[1:], ("flops", "parameters"), strict=True):
             total = sum(getattr(layer, price) * layer.size for layer in units.values())
             saved = sum(getattr(units[n], price) * int((~keep).sum()) for n, keep in mask.items())
@@ -315,8 +352,8 @@ def test_a_front_of_accuracy_and_cost(ready):
     assert front == {t.number for t in study.trials} - dominated
     with pytest.raises(ValueError, match="with several objectives there is no single winner; give trial="):
         pxp.winner(study)
-    number = study.best_trials[0].number
-    assert repr(pxp.winner(study, trial=number)[0]) == repr(pxp.LRP(**study.best_trials[0].params))
+    one = study.best_trials[0]
+    assert pxp.winner(study, trial=one.number)[0] == pxp.LRP(low=one.params["low"], middle=one.params["middle"])
 
 
 def test_a_front_of_accuracy_and_latency(ready, monkeypatch):
@@ -333,7 +370,8 @@ def test_a_front_of_accuracy_and_latency(ready, monkeypatch):
     for trial in study.trials:
         curve = trial.user_attrs["curve"]
         best = max(rate for rate, a in zip(RATES, curve, strict=True) if a >= 0.2 * curve[0])
-        mask = pxp.attribute(model, refs, units, pxp.LRP(**trial.params)).select(best)
+        criterion, options = pxp.winner(study, trial=trial.number)
+        mask = pxp.attribute(model, refs, units, criterion).select(best, **options)
         small = pxp.compact(model, mask, example=data[0])
         left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
         assert trial.values[1] == pytest.approx(1 - left) and trial.values[1] > 0
@@ -367,8 +405,9 @@ def test_reported_curves_take_other_images(ready):
     with pytest.raises(ValueError, match="2 of these 32 images"):
         pxp.tuned_curve(study, model, refs, units, (torch.cat([fresh, data[0][:2]]), torch.cat([labels, data[1][:2]])))
     curve = pxp.tuned_curve(study, model, [refs, refs], units, (fresh, labels))
-    scores = pxp.attribute(model, refs, units, pxp.LRP(**study.best_params))
-    assert curve.runs == pxp.pruning_curve(model, [scores] * 2, (fresh, labels), rates=RATES, min_keep=0).runs
+    criterion, options = pxp.winner(study)
+    scores = pxp.attribute(model, refs, units, criterion)
+    assert curve.runs == pxp.pruning_curve(model, [scores] * 2, (fresh, labels), rates=RATES, **options).runs
 
 
 def test_references_are_not_tuning_images(ready):
@@ -439,13 +478,66 @@ def test_a_grid_resumes_and_is_enumerated_once(ready, tmp_path):
     assert len(settings) == len(set(settings)) == 8
 
 
+def test_a_grid_runs_to_its_end_and_others_take_100_trials(ready, monkeypatch):
+    assert len(search(ready, None, sampler="grid").trials) == 8
+    own = optuna.samplers.GridSampler({"low": ["epsilon", "zplus"]})
+    assert len(search(ready, None, sampler=own, space={"low": ["epsilon", "zplus"]}).trials) == 2
+    monkeypatch.setattr(tune_module._Trials, "__call__", lambda self, trial: float(len(self.space(trial))))
+    assert len(search(ready, None).trials) == 100
+
+
+OFFERED = {
+    "one more": ({"low": ["epsilon", "gamma"]}, {"low": ["epsilon", "gamma", "zplus"]}),
+    "one less": ({"by": ["magnitude", "signed"]}, {"by": ["signed"]}),
+    "another kind": ({"min_keep": IntDistribution(0, 4)}, {"min_keep": [0, 4]}),
+    "a function": (
+        lambda trial: pxp.LRP(trial.suggest_categorical("rule", ["zplus"])),
+        lambda trial: pxp.LRP(trial.suggest_categorical("rule", ["gamma"])),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+@pytest.mark.parametrize(("first", "then"), OFFERED.values(), ids=OFFERED)
+def test_a_study_keeps_its_choices(ready, tmp_path, first, then, kind):
+    options = {"study_name": "s", "storage": tmp_path / "s.journal"}  # a path is as good as its text
+    if kind == "sqlite":
+        options["storage"] = f"sqlite:///{tmp_path}/s.db"
+    search(ready, 1, space=first, **options)
+    with pytest.raises(
+        ValueError, match="study 's' has searched '.*' in .*; a study keeps its choices, so use another"
+    ):
+        search(ready, 3, space=then, **options)
+    study = search(ready, 2, space=first, **options)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.parametrize(
+    "space", [
+        {"low": [pxp.Gamma(0.1), pxp.ZPlus()]}, {"softmax": [pxp.CPLRP()]}, {"input": [pxp.ZBox(0, 1)]},
+        lambda trial: pxp.LRP(trial.suggest_categorical("rule", [pxp.Gamma(0.1)])),
+    ],
+)  # fmt: skip
+def test_choices_that_cannot_be_stored(ready, tmp_path, space):
+    for storage in (tmp_path / "s.journal", f"sqlite:///{tmp_path}/s.db"):
+        with pytest.raises(ValueError, match="a stored study holds texts, numbers and None, not "):
+            search(ready, 2, space=space, storage=storage, study_name="s")
+    assert list(tmp_path.iterdir()) == []
+    study = search(ready, 2, space=space, sampler="random")  # in memory they can be
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+    with pytest.raises(ValueError, match="a file holds texts, numbers and None, not "):
+        pxp.save_study(study, tmp_path / "s.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_threads(ready):
     study = search(ready, 6, n_jobs=2, sampler="random")
     model, refs, units, data = ready
     assert len(study.trials) >= 6
     for trial in study.trials:
-        scores = pxp.attribute(model, refs, units, pxp.LRP(**trial.params))
-        assert trial.value == pytest.approx(pxp.pruning_curve(model, scores, data, rates=RATES).a_pr)
+        criterion, options = pxp.winner(study, trial=trial.number)
+        scores = pxp.attribute(model, refs, units, criterion)
+        assert trial.value == pytest.approx(pxp.pruning_curve(model, scores, data, rates=RATES, **options).a_pr)
 
 
 def worker(storage: str, trials: int, *more: str, quiet: bool = True) -> subprocess.Popen:
@@ -667,6 +759,86 @@ def test_damaged_files(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(ValueError, match=r"s\.json is no study written by pxp"):
         pxp.load_study(tmp_path / "s.json")
+
+
+def old_study(path, content):
+    """A file as 0.1 wrote it."""
+    choices = {"low": ["epsilon", "zplus"], "start": ["logit", "loss"], **content["choices"]}
+    known = {name: {"name": "CategoricalDistribution", "attributes": {"choices": c}} for name, c in choices.items()}
+    trials = [
+        {"state": "COMPLETE", "params": {"low": "zplus", **params}, "values": [value], "attrs": {"setting": "old"}}
+        for params, value in content["trials"]
+    ]
+    about = {"objective": ["a_pr"], "rates": [0, 0.5], "selection": {"min_keep": 1, "scope": "layer"}}
+    path.write_text(json.dumps({
+        "name": "s", "directions": ["maximize"], "attrs": {"pxp": about}, "distributions": known, "trials": trials,
+    }))  # fmt: skip
+
+
+def test_old_studies_have_their_meaning(tmp_path):
+    trials = [
+        ({"start": "logit", "absolute": "never"}, 0.7), ({"start": "loss", "absolute": "never"}, 0.1),
+        ({"start": "loss", "absolute": "token"}, 0.2),
+    ]  # fmt: skip
+    old_study(tmp_path / "s", {"choices": {"absolute": ["token", "never"]}, "trials": trials})
+    study = pxp.load_study(tmp_path / "s")
+    fixed = {"min_keep": 1, "scope": "layer"}
+    assert [pxp.winner(study, trial=number) for number in range(3)] == [
+        (pxp.LRP(low="zplus"), {"by": "signed", **fixed}),
+        # the most negative went first, which today is the most useful
+        (pxp.LRP(low="zplus", start="loss"), {"by": "signed", "order": "most", **fixed}),
+        (pxp.LRP(low="zplus", start="loss"), {"by": "magnitude", **fixed}),
+    ]
+    assert study.best_params == {"low": "zplus", "start": "logit", "by": "signed"}
+    assert "('by', 'signed')" in study.best_trial.user_attrs["setting"]
+    assert study.best_trial.distributions["by"].choices == ("magnitude", "signed")
+    pxp.save_study(study, tmp_path / "again")
+    assert [t.params for t in pxp.load_study(tmp_path / "again").trials] == [t.params for t in study.trials]
+
+    three = [({"absolute": value, "start": "logit"}, 0.1) for value in ("token", "sample", "never")]
+    old_study(tmp_path / "s", {"choices": {"absolute": ["token", "sample", "never"]}, "trials": three})
+    found = [(t.params["by"], t.params["absolute"]) for t in pxp.load_study(tmp_path / "s").trials]
+    assert found == [("magnitude", "token"), ("magnitude", "sample"), ("signed", "token")]
+
+    # a function's parameters are its own
+    own = {"choices": {"absolute": ["never", 1], "own": [1]}, "trials": [({"absolute": 1, "own": 1}, 1)]}
+    old_study(tmp_path / "s", own)
+    assert pxp.load_study(tmp_path / "s").best_params == {"low": "zplus", "absolute": 1, "own": 1}
+
+
+def test_an_old_study_that_still_runs_has_a_winner():
+    study = optuna.create_study(direction="maximize")
+    old = {"low": "zplus", "start": "loss", "absolute": "never"}
+    choices = {name: optuna.distributions.CategoricalDistribution([value]) for name, value in old.items()}
+    study.add_trial(optuna.trial.create_trial(params=old, distributions=choices, value=1.0))
+    expected = {"by": "signed", "order": "most"}
+    assert pxp.winner(study) == (pxp.LRP(low="zplus", start="loss"), expected)
+
+
+@pytest.mark.parametrize("name", ["vgg-grid", "vgg-extended", "resnet-extended", "vit-heads-tpe", "vit-neurons-tpe"])
+def test_shipped_studies_are_in_todays_words(name):
+    study = pxp.load_study(name)
+    for trial in study.trials:
+        criterion, options = pxp.winner(study, trial=trial.number)
+        assert "never" not in trial.params.values() and options["by"] == trial.params["by"]
+        assert trial.user_attrs["setting"] == repr((criterion, sorted(options.items())))
+    assert len({trial.params["by"] for trial in study.trials}) == 2
+
+
+def test_newer_studies_say_so(ready, tmp_path):
+    study = search(ready, 1)
+    pxp.save_study(study, tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps({**content, "format": FORMAT + 1, "trials": "of another kind"}))
+    with pytest.raises(
+        ValueError, match=r"s\.json has format 3, which a newer pxp wrote; this one reads up to 2: upgrade"
+    ):
+        pxp.load_study(tmp_path / "s.json")
+    stored = {"storage": tmp_path / "s.journal", "study_name": "s"}
+    study = search(ready, 1, **stored)
+    study.set_user_attr("pxp", {**study.user_attrs["pxp"], "format": FORMAT + 1})
+    with pytest.raises(ValueError, match="study 's' has format 3, which a newer pxp wrote"):
+        search(ready, 2, **stored)
 
 
 def test_missing_files(ready):
