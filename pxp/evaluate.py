@@ -11,8 +11,9 @@ import numpy as np
 from torch import nn
 
 from .bars import bar
+from .batches import Data
 from .budget import latencies
-from .data import Data, shipped_file
+from .data import shipped_file
 from .scores import Scores
 from .statistics import Comparison, bootstrap, paired
 from .sweep import Sweep, hits

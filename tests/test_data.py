@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import FASHION
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.models import VGG16_BN_Weights
 
 import pxp
 from pxp import data as pxp_data
-from pxp.data import ASSETS, FASHION_MNIST_CLASSES, batches, load_dataset, reference_samples
+from pxp.data import ASSETS, FASHION_MNIST_CLASSES, load_dataset, reference_samples
 
 PARTS = {"reference": 100, "tune": 100, "eval": 200}
 
@@ -200,7 +200,7 @@ def test_reference_samples_of_a_dataset_read_only_what_is_drawn():
 
     counting = Counting(targets=True)
     drawn = reference_samples(counting, 2)
-    assert counting.read == 4 and drawn.images.shape == (4, 1, 2, 2) and drawn.labels.tolist() == [0, 0, 1, 1]
+    assert counting.read == 2 + 4 and drawn.images.shape == (4, 1, 2, 2) and drawn.labels.tolist() == [0, 0, 1, 1]
     assert all(counting.labels[int(image[0, 0, 0])] == label for image, label in zip(*drawn, strict=True))
     slow = reference_samples(Counting(targets=False), 2)
     assert torch.equal(slow.images, drawn.images)
@@ -221,36 +221,12 @@ def test_impossible_reference_samples(data, arguments, message):
 
 
 def test_reference_samples_of_bad_data():
-    with pytest.raises(ValueError, match="the data are empty"):
+    with pytest.raises(ValueError, match="non-empty batch"):
         reference_samples((torch.zeros(0, 1, 2, 2), torch.zeros(0).long()))
+    with pytest.raises(ValueError, match="the data are empty"):
+        reference_samples(TensorDataset(torch.zeros(0, 1, 2, 2), torch.zeros(0).long()))
     with pytest.raises(ValueError, match="got 3 images but 2 labels"):
         reference_samples((torch.zeros(3, 1, 2, 2), torch.zeros(2).long()))
-
-
-# --- batches -----------------------------------------------------------------------------------------------------
-
-
-def test_batches():
-    x, y = torch.arange(7.0)[:, None], torch.arange(7)
-    pairs = TensorDataset(x, y)
-    for data, sizes in (
-        ((x, y), [3, 3, 1]),
-        ([x, y], [3, 3, 1]),
-        (pxp_data.Split(x, y), [3, 3, 1]),
-        (pairs, [3, 3, 1]),
-        (DataLoader(pairs, batch_size=5), [5, 2]),
-        ((x.numpy(), y.numpy()), [3, 3, 1]),
-        ((x, y.tolist()), [3, 3, 1]),
-    ):
-        found = list(batches(data, 3))
-        assert [len(labels) for _, labels in found] == sizes
-        assert torch.equal(torch.cat([images for images, _ in found]), x)
-        assert torch.equal(torch.cat([labels for _, labels in found]), y)
-    with pytest.raises(ValueError, match="got 7 images but 6 labels"):
-        list(batches((x, y[:6]), 3))
-    for bad in (None, 3, x, (x,), "data"):
-        with pytest.raises(TypeError, match=r"expected \(images, labels\), a Dataset or a DataLoader, got"):
-            list(batches(bad, 3))
 
 
 def test_public_names_exist():

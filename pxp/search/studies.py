@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attribute import attribute
+from ..batches import Data, fingerprints, shared, whole
 from ..criteria import Criterion
-from ..data import Data, batches, shipped_file
+from ..data import shipped_file
 from ..evaluate import Curve, pruning_curve
 from ..network.components import Components
 from .space import as_criterion
 
 if TYPE_CHECKING:
     import optuna
-
-SHARED = 0.01  # two splits of one collection may hold a few equal images
 
 
 def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | None = None) -> tuple[Criterion, dict]:
@@ -91,17 +88,17 @@ def tuned_curve(
     Raises
     ------
     ValueError
-        More than 1 % of the images of ``data`` are tuning images; as :func:`pxp.winner`.
+        ``data`` and the tuning images share more than 1 % of the smaller of the two; as :func:`pxp.winner`.
     """
     about = study.user_attrs.get("pxp")
     if about is None:
         raise ValueError("this is no study made by pxp.tune")
     images = whole(data)
     marks = fingerprints(images[0])
-    shared = sum(mark in set(about["images"]) for mark in marks)
-    if shared > SHARED * len(marks):
+    seen = shared(marks, about["images"])
+    if seen:
         raise ValueError(
-            f"{shared} of these {len(marks)} images were used for tuning; a curve on them would report what was "
+            f"{seen} of these {len(marks)} images were used for tuning; a curve on them would report what was "
             "optimised. Use images that tuning has not seen, such as data.eval"
         )
     criterion, options = winner(study, space=space, trial=trial)
@@ -118,12 +115,6 @@ def _reports(curve: Sequence[float], about: dict) -> dict[int, float]:
     if about.get("objective") != ["a_pr"]:
         return {}
     return {step: sum(curve[: step + 1]) / len(about["rates"]) for step in range(len(curve))}
-
-
-def fingerprints(images: Tensor) -> list[str]:
-    """A short hash of every image, to see whether two sets share some."""
-    rows = images.detach().to("cpu", torch.float32).contiguous().numpy()
-    return [hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest() for row in rows]
 
 
 def save_study(study: optuna.Study, path: str | Path) -> None:
@@ -204,11 +195,3 @@ def load_study(path: str | Path) -> optuna.Study:
         study.set_user_attr(key, value)
     study.add_trials(trials)
     return study
-
-
-def whole(data: Data) -> tuple[Tensor, Tensor]:
-    """All images and labels in memory: every trial reads them again."""
-    parts = list(batches(data, 256))
-    if not parts:
-        raise ValueError("there are no images")
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])

@@ -22,9 +22,9 @@ from zennit.core import Composite
 
 from ..attribute import attribute
 from ..bars import bar
+from ..batches import Data, fingerprints, shared, whole
 from ..budget import Budget, latencies
 from ..criteria import Criterion, Taylor
-from ..data import Data
 from ..evaluate import RATES
 from ..lrp.composites import LRP
 from ..masks import Mask
@@ -32,7 +32,6 @@ from ..network.components import Components
 from ..scores import Scores
 from ..sweep import Sweep
 from .space import SearchSpace, as_criterion, search_space
-from .studies import SHARED, fingerprints, whole
 
 if TYPE_CHECKING:
     import optuna
@@ -292,7 +291,8 @@ def tune(
     ------
     ValueError
         As :func:`pxp.attribute`; unknown space, sampler or objective; a wrong name or value in the space; references
-        that are also tuning images; a stored study of other images, objective or rates.
+        and tuning images that share more than 1 % of the smaller set; a stored study of other images, objective or
+        rates.
     """
     import optuna
     from optuna.trial import TrialState
@@ -307,9 +307,9 @@ def tune(
     images = whole(tune_data)
     references = whole(refs)
     marks = fingerprints(images[0])
-    shared = len(set(fingerprints(references[0])) & set(marks))
-    if shared > SHARED * len(marks):
-        raise ValueError(f"{shared} reference images are also tuning images; draw the two from different splits")
+    seen = shared(fingerprints(references[0]), marks)
+    if seen:
+        raise ValueError(f"{seen} reference images are also tuning images; draw the two from different splits")
     about = {
         "objective": [objective] if isinstance(objective, str) else list(objective),
         "rates": list(rates),
@@ -321,7 +321,8 @@ def tune(
     fixed = {"min_keep": min_keep, "scope": scope}
     run = _Trials(model, references, units, images, space, objectives, rates, fixed, classes, batch_size)
     # what is wrong with the arguments is an error here, not in every trial
-    attribute(model, (references[0][:1], references[1][:1]), units, LRP(), progress=False)
+    highest = int(references[1].argmax())
+    attribute(model, tuple(part[highest : highest + 1] for part in references), units, LRP(), progress=False)  # type: ignore[arg-type]
     everything = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
     run.sweep.accuracies([Mask(units, everything)])
 

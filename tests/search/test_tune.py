@@ -370,6 +370,9 @@ def test_reported_curves_take_other_images(ready):
 
 def test_references_are_not_tuning_images(ready):
     model, refs, units, data = ready
+    for some in ((data[0][:3], data[1][:3]), (torch.cat([refs[0], data[0][:1]]), torch.cat([refs[1], data[1][:1]]))):
+        with pytest.raises(ValueError, match="[13] reference images are also tuning images"):
+            pxp.tune(model, some, units, data, 2)
     with pytest.raises(ValueError, match="8 reference images are also tuning images; draw the two from different"):
         pxp.tune(model, refs, units, (torch.cat([refs[0], data[0]]), torch.cat([refs[1], data[1]])), 2)
 
