@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from .files import load_tensors, save_tensors
 from .masks import ByLayer, Mask
 from .network.components import Components
+from .rates import fraction
 
 
 class Scores(ByLayer):
@@ -122,8 +124,10 @@ class Scores(ByLayer):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         if (rate is None) == (count is None):
             raise ValueError("give exactly one of rate and count")
-        if rate is not None and not 0 <= rate <= 1:
-            raise ValueError(f"rate must be in [0, 1], got {rate}")
+        rate = None if rate is None else fraction("rate", rate)
+        for name, number in (("count", count), ("min_keep", min_keep)):
+            if number is not None and not isinstance(number, Integral):
+                raise TypeError(f"{name} must be a whole number, got {number!r}")
         if count is not None and cost is not None:
             raise ValueError("count says how many, so a cost has no meaning beside it; give a rate")
         if count is not None and not 0 <= count <= self.units.total:

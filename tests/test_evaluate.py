@@ -177,6 +177,16 @@ def test_top_pr_stops_at_the_first_fall():
     assert pxp.Curve((0.0, 0.1, 0.2, 0.3), ((1.0, 0.96, 0.5, 0.99),)).top_pr() == 0.1
 
 
+def test_a_curve_that_starts_later_says_so():
+    late = pxp.Curve((0.3, 0.6, 0.9), ((0.8, 0.77, 0.1),), "LRP")
+    assert repr(late) == "Curve(LRP, 1 run: A_PR 0.557 from 30% on, Top-PR 60%, relative to 0.800 at 30%)"
+    two = pxp.Curve((0.3,), ((0.8,), (0.8,)))
+    assert repr(two) == (
+        "Curve(unnamed, 2 runs: A_PR 0.800 [0.800, 0.800] from 30% on, Top-PR 30%, relative to 0.800 at 30%)"
+    )
+    assert "from" not in repr(CURVE) and "unpruned 0.900" in repr(CURVE)
+
+
 def test_curve_file_and_repr(tmp_path):
     path = tmp_path / "curve.json"
     CURVE.save(path)

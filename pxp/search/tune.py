@@ -12,7 +12,7 @@ import random
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from ..bars import bar
 from ..batches import Data, fingerprints, shared, whole
 from ..budget import Budget, latencies
 from ..criteria import Criterion, Taylor
-from ..evaluate import RATES
 from ..lrp.composites import LRP
 from ..masks import Mask
 from ..network.components import Components
+from ..rates import RATES, as_rates
 from ..scores import Scores
 from ..sweep import Sweep
 from .space import SearchSpace, as_criterion, search_space
@@ -219,7 +219,7 @@ def tune(
     *,
     space: str | Mapping[str, Any] | Callable[[optuna.Trial], Any] = "paper",
     objective: str | Sequence[str] = "a_pr",
-    rates: Sequence[float] = RATES,
+    rates: Iterable[float] = RATES,
     classes: Sequence[int] | None = None,
     min_keep: int = 0,
     scope: str = "global",
@@ -255,8 +255,8 @@ def tune(
         of the components' cost that the highest rate saves which keeps 95 % of the accuracy. Several are maximised
         together and give a Pareto front, ``study.best_trials``. ``"latency@0.95"`` measures the compacted network on
         one batch of tuning images, so it varies a little from run to run.
-    rates : sequence of float
-        Pruning rates of a trial's curve; default the paper's 20.
+    rates : iterable of float
+        Pruning rates of a trial's curve, as for :func:`pxp.pruning_curve`; default the paper's 20.
     classes, batch_size
         As for :func:`pxp.pruning_curve`.
     min_keep, scope
@@ -298,6 +298,7 @@ def tune(
     from optuna.trial import TrialState
 
     objectives = [Objective.parse(text) for text in ([objective] if isinstance(objective, str) else objective)]
+    rates = as_rates(rates)
     if not objectives or not rates:
         raise ValueError("tuning needs at least one objective and one rate")
     if isinstance(space, str):

@@ -160,6 +160,9 @@ FAULTS = [
     Fault("targets are believed", "batches.py",
           "if torch.equal(_read_labels(data, first.tolist()), labels[first]):", "if True:",
           "test_batches.py -k labels_that_the_samples_have"),
+    Fault("a rate may come twice", "rates.py", "if after <= before:", "if after < before:", "test_rates.py -k none"),
+    Fault("a float32 keeps its tail", "rates.py",
+          "float(str(number) if isinstance(number, np.floating) else number)", "float(number)", "test_rates.py -k anything"),
     Fault("images may be NaN", "batches.py",
           "    if not bool(images.isfinite().all()):", "    if False:", "test_batches.py -k one_NaN"),
     # --- compaction ---------------------------------------------------------------------------------------------------------
