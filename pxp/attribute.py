@@ -98,6 +98,8 @@ def attribute(
         _means(signed, units, samples),
         criterion=type(criterion).__name__ if isinstance(criterion, Composite) else repr(criterion),
         samples=probe.samples,
+        references=probe.references,
+        tuned_on=getattr(criterion, "tuned_on", ()),
     )
 
 

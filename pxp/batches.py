@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -162,12 +163,14 @@ def is_pair(data: object) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2
 
 
-def fingerprints(images: Tensor) -> list[str]:
+def fingerprints(images: Tensor, values: float = 4096) -> list[str]:
     """A short hash of every image, to see whether two sets share some.
 
-    It is of the values in float32: an image that was scaled, cropped or stored with fewer bits is another one.
+    It is of at most so many ``values`` of each, in equal steps and in float32: an image that was scaled, cropped or
+    stored with fewer bits is another one.
     """
-    rows = images.detach().to("cpu", torch.float32).contiguous().numpy()
+    step = max(1, math.ceil(images.shape[1:].numel() / values))
+    rows = images.detach().flatten(1)[:, ::step].to("cpu", torch.float32).contiguous().numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest() for row in rows]
 
 
@@ -175,6 +178,16 @@ def shared(one: Collection[str], other: Collection[str]) -> int:
     """How many images two sets of fingerprints share; 0 where that is not more than 1 % of the smaller set."""
     found, smaller = len(set(one) & set(other)), min(len(set(one)), len(set(other)))
     return found if found > SHARED * smaller else 0
+
+
+def refuse_shared(marks: Collection[str], seen: Collection[str], purpose: str) -> None:
+    """Raise a ValueError if images with these marks are :func:`shared` with those that were seen for some purpose."""
+    number = shared(marks, seen)
+    if number:
+        raise ValueError(
+            f"{number} of these {len(set(marks))} images were used {purpose}; a curve on them would report what was "
+            "optimised. Use images that nothing has seen, such as data.eval, or say allow_shared=True"
+        )
 
 
 def _pair(what: str, given: Any) -> tuple[Any, Any]:

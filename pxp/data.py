@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .batches import Data, distinct, labels_of, samples, whole
+from .batches import Data, distinct, fingerprints, labels_of, samples, whole
 
 ASSETS = Path(str(files("pxp") / "assets"))
 
@@ -44,6 +44,9 @@ _IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+
+_TRAINING: set[str] = set()  # filled by load_dataset, see training_images
 
 
 class Split(NamedTuple):
@@ -186,22 +189,32 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
     if root is not None and not full:
         raise ValueError("root is only read with full=True; the shipped subsets need none")
     packed = _read_subsets(ASSETS / "fashion-mnist.npz")
-    if not full:
+    if full:
+        train_images, train_labels, test_images, test_labels = _read_full(root)
+        tune = packed["tune_index"]
+        rest = np.setdiff1d(np.arange(len(train_labels)), tune)
+        parts = {
+            "reference": _split(train_images[rest], train_labels[rest]),
+            "tune": _split(train_images[tune], train_labels[tune]),
+            "eval": _split(test_images, test_labels),
+        }
+    else:
         parts = {
             part: _split(packed[f"{part}_images"], packed[f"{part}_labels"]) for part in ("reference", "tune", "eval")
         }
-        return ImageData(name, FASHION_MNIST_CLASSES, tuple(range(10)), **parts)
-    train_images, train_labels, test_images, test_labels = _read_full(root)
-    tune = packed["tune_index"]
-    rest = np.setdiff1d(np.arange(len(train_labels)), tune)
-    return ImageData(
-        name,
-        FASHION_MNIST_CLASSES,
-        tuple(range(10)),
-        reference=_split(train_images[rest], train_labels[rest]),
-        tune=_split(train_images[tune], train_labels[tune]),
-        eval=_split(test_images, test_labels),
-    )
+    _TRAINING.update(fingerprints(parts["reference"].images))
+    return ImageData(name, FASHION_MNIST_CLASSES, tuple(range(10)), **parts)
+
+
+def training_images() -> set[str]:
+    """Fingerprints of training images of Fashion-MNIST: the shipped ones, and all that were loaded with ``full=True``.
+
+    The shipped networks were trained on 59,000 images, of which only 1,000 ship with the package. Of others, read in
+    another way, every 59th is one of these: a set with many of them is recognised by these few.
+    """
+    if not _TRAINING:
+        load_dataset()
+    return _TRAINING
 
 
 def reference_samples(data: Data, per_class: int = 10, classes: Sequence[int] | None = None, seed: int = 0) -> Split:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from .bars import bar
-from .batches import Data
+from .batches import Data, batches, distinct, fingerprints, refuse_shared
 from .budget import latencies
 from .data import shipped_file
+from .models import trained_on
 from .rates import RATES, as_rates, fraction
 from .scores import Scores
 from .statistics import Comparison, bootstrap, paired
@@ -215,6 +217,7 @@ def pruning_curve(
     scope: str = "global",
     min_keep: int = 0,
     cost: str | Mapping[str, float] | None = None,
+    allow_shared: bool = False,
     batch_size: int = 100,
     progress: bool = True,
 ) -> Curve:
@@ -226,13 +229,20 @@ def pruning_curve(
     scores : Scores or sequence of Scores
         Several (one per seed) give the curve its interval.
     data : (images, labels), DataLoader or Dataset
-        Images that neither training nor tuning has seen.
+        Images that neither training, nor tuning, nor attribution has seen.
     rates : iterable of float
         In [0, 1], growing; a list, array, Tensor or generator. Default the paper's 20: 0, 0.05, …, 0.95.
     classes : sequence of int, optional
         See :func:`accuracy`.
     by, order, scope, min_keep, cost
         See :meth:`pxp.Scores.select`; ``cost="latency"`` is measured by :func:`pxp.latencies`.
+    allow_shared : bool, default False
+        Report on images that were used before. Otherwise they are refused, if they are more than 1 % of the smaller of
+        two sets: the references of a Scores; what its criterion was tuned on, if it is :func:`pxp.winner`'s; and what a
+        shipped network was trained on, of which the 1,000 images of ``data.reference`` are known, and all 59,000 once
+        they were loaded with ``full=True``. Images are recognised by their values: cropped, normalised or otherwise
+        changed they are others. What other networks were trained on, or a network by :func:`pxp.finetune`, is not
+        known, nor what a criterion of one's own was chosen on.
     batch_size : int, default 100
         Small batches stay in the processor's cache.
     progress : bool, default True
@@ -245,7 +255,8 @@ def pruning_curve(
     Raises
     ------
     ValueError
-        No scores or no rates, rates that do not grow, and as :meth:`Scores.select` and :func:`accuracy`.
+        No scores or no rates; rates that do not grow; images that were used before; and as :meth:`Scores.select` and
+        :func:`accuracy`.
     """
     several = [scores] if isinstance(scores, Scores) else list(scores)
     rates = as_rates(rates)
@@ -254,10 +265,29 @@ def pruning_curve(
     settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
     price = latencies(model, several[0].units) if cost == "latency" else cost
     masks = [[one.select(rate, **{**settings, "cost": price}) for rate in rates] for one in several]  # type: ignore
+    if not allow_shared:
+        _refuse_seen(model, several, data, classes, batch_size)
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)  # runs share the unpruned network, and more
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
         runs = tuple(tuple(sweep.accuracies(row, ahead.update)) for row in masks)
     return Curve(rates, runs, several[0].criterion, settings)
+
+
+def _refuse_seen(
+    model: nn.Module, several: Sequence[Scores], data: Data, classes: Sequence[int] | None, batch_size: int
+) -> None:
+    """Raise a ValueError if the images to report on were used before, see ``allow_shared`` of :func:`pruning_curve`."""
+    used: list[tuple[Collection[str], str]] = [(scores.references, "as references") for scores in several]
+    used += [(scores.tuned_on, "for tuning") for scores in several]
+    used += [(trained_on(model), "to train this network")]
+    if not any(seen for seen, _ in used):
+        return
+    marks: set[str] = set()
+    for images, labels in batches(data, batch_size):
+        members = slice(None) if classes is None else torch.isin(labels, torch.as_tensor(distinct(classes)).to(labels))
+        marks.update(fingerprints(images[members]))
+    for seen, purpose in used:
+        refuse_shared(marks, seen, purpose)
 
 
 def compare(first: Curve, second: Curve) -> Comparison:

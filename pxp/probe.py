@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from .bars import bar
 from .baseline import Baseline, on_the_way
-from .batches import Data, batches, check_classes, checked
+from .batches import Data, batches, check_classes, checked, fingerprints
 from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
@@ -43,6 +43,8 @@ class Probe:
         A replica in evaluation mode whose BatchNorms are merged; its layers have the names of the model's.
     samples : int
         How many reference samples were read so far.
+    references : set of str
+        Their fingerprints.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Probe:
         check_values(model)
         self.model, self.structure = model, structure
         self.samples = 0
+        self.references: set[str] = set()
         self._units, self._refs, self._batch_size, self._progress = units, refs, batch_size, progress
         self._functions: Mapping[str, Pass] | None = None
 
@@ -77,6 +80,7 @@ class Probe:
         """Reference samples, checked, on the model's device and in its dtype: (images, labels) at a time."""
         parts = batches(self._refs, self._batch_size)
         for images, labels in bar(parts, show=self._progress, desc="attribute", unit="batch"):
+            self.references.update(fingerprints(images))
             images, labels = placed(self.model, images, labels)
             if self.samples == 0 and once(self.model, "replica"):
                 with forgotten(self.model):

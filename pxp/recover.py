@@ -255,7 +255,9 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 def _digest(tensors: Iterable[Tensor]) -> str:
     """A short hash of all values, to see whether a state is of the same run."""
-    marks = [mark for tensor in tensors for mark in (str(tensor.shape), *fingerprints(torch.atleast_2d(tensor)))]
+    marks = [
+        mark for tensor in tensors for mark in (str(tensor.shape), *fingerprints(torch.atleast_2d(tensor), math.inf))
+    ]
     return hashlib.blake2b("".join(marks).encode(), digest_size=6).hexdigest()
 
 

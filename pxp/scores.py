@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ class Scores(ByLayer):
         What computed them.
     samples : int
         Number of reference samples that were seen (0: none is needed).
+    references, tuned_on : collection of str
+        Fingerprints of these samples, and of the images that the criterion was tuned on (if it is
+        :func:`pxp.winner`'s): :func:`pxp.pruning_curve` does not report on them. Unknown (empty) in files of pxp 0.1.
 
     Raises
     ------
@@ -43,11 +46,14 @@ class Scores(ByLayer):
         *,
         criterion: str = "",
         samples: int = 0,
+        references: Collection[str] = (),
+        tuned_on: Collection[str] = (),
     ) -> None:
         super().__init__(units, magnitude)
         self.signed: Mapping[str, Tensor] = ByLayer(units, signed, "signed scores")
         self.criterion = criterion
         self.samples = samples
+        self.references, self.tuned_on = frozenset(references), frozenset(tuned_on)
         broken = [n for n in self if not bool((self[n].isfinite() & self.signed[n].isfinite()).all())]
         if broken:
             raise ValueError(
@@ -163,6 +169,7 @@ class Scores(ByLayer):
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
         extra = {"criterion": self.criterion, "samples": self.samples}
+        extra |= {"references": sorted(self.references), "tuned_on": sorted(self.tuned_on)}
         save_tensors(path, "scores", self.units, {"magnitude": self, "signed": self.signed}, extra)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +17,9 @@ from torchvision.models import VGG16_BN_Weights
 
 import pxp
 from pxp import data as pxp_data
+from pxp.batches import fingerprints
 from pxp.data import ASSETS, FASHION_MNIST_CLASSES, load_dataset, reference_samples
+from pxp.models import trained_on
 
 PARTS = {"reference": 100, "tune": 100, "eval": 200}
 
@@ -150,6 +153,30 @@ def test_files_that_do_not_unpack_say_what_to_do(tmp_path):
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises((FileNotFoundError, ValueError), match=r"Fashion-MNIST.*pass root=<that folder>"):
         load_dataset(full=True, root=tmp_path)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_split_of_the_full_data_set(tmp_path, monkeypatch, pack):
+    """On a small copy that is made up: tuning images are training images that are not among the references."""
+    _write(tmp_path, pack, train=40, test=7)
+    index = np.array([31, 2, 17], dtype=np.int32)
+    monkeypatch.setattr(pxp_data, "_read_subsets", lambda path: {"tune_index": index})
+    with pytest.raises(ValueError, match="not the original release") as refused:
+        load_dataset(full=True, root=tmp_path)
+    digest = re.search(r"SHA-256 (\w+)", str(refused.value))[1]
+    monkeypatch.setattr(pxp_data, "FASHION_MNIST_SHA256", digest)
+    images, labels, test_images, test_labels = (torch.from_numpy(part) for part in pxp_data._read_full(tmp_path))
+    full = load_dataset(full=True, root=tmp_path)
+    rest = [i for i in range(40) if i not in index]
+    for part, pixels, wanted in (
+        (full.reference, images[rest], labels[rest]),
+        (full.tune, images[[31, 2, 17]], labels[[31, 2, 17]]),
+        (full.eval, test_images, test_labels),
+    ):
+        assert part.images.dtype == torch.float32 and torch.equal(part.images, pixels[:, None].float() / 255)
+        assert part.labels.dtype == torch.int64 and torch.equal(part.labels, wanted)
+    assert set(fingerprints(full.reference.images)) <= trained_on(pxp.load_model("vgg"))
+    assert not set(fingerprints(full.tune.images)) & trained_on(pxp.load_model("vgg"))
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason=f"the original files are not in {FASHION}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..attribute import attribute
-from ..batches import Data, fingerprints, shared, whole
+from ..batches import Data, fingerprints, refuse_shared, whole
 from ..criteria import Criterion
 from ..data import shipped_file
 from ..evaluate import Curve, pruning_curve
@@ -36,6 +37,7 @@ def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | N
     Returns
     -------
     (criterion, dict)
+        The criterion knows the images that it was tuned on, so that :func:`pxp.pruning_curve` does not report on them.
 
     Raises
     ------
@@ -52,6 +54,8 @@ def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | N
         raise ValueError(f"the study has no trial {trial}")
     params = study.best_params if trial is None else by_number[trial].params
     criterion, options = as_criterion(params if space is None else space(optuna.trial.FixedTrial(params)))
+    criterion = copy.copy(criterion)  # a space may give the same object again
+    object.__setattr__(criterion, "tuned_on", frozenset(study.user_attrs.get("pxp", {}).get("images", ())))
     return criterion, {**study.user_attrs.get("pxp", {}).get("selection", {}), **options}
 
 
@@ -64,6 +68,7 @@ def tuned_curve(
     *,
     space: Callable | None = None,
     trial: int | None = None,
+    allow_shared: bool = False,
     batch_size: int = 100,
     progress: bool = True,
 ) -> Curve:
@@ -79,6 +84,8 @@ def tuned_curve(
         Several give the curve its interval.
     data : (images, labels), Dataset or DataLoader
         The images to report on.
+    allow_shared : bool, default False
+        As for :func:`pxp.pruning_curve`.
 
     Returns
     -------
@@ -88,25 +95,21 @@ def tuned_curve(
     Raises
     ------
     ValueError
-        ``data`` and the tuning images share more than 1 % of the smaller of the two; as :func:`pxp.winner`.
+        ``data`` shares images with tuning, references or training, see :func:`pxp.pruning_curve`; as
+        :func:`pxp.winner`.
     """
     about = study.user_attrs.get("pxp")
     if about is None:
         raise ValueError("this is no study made by pxp.tune")
     images = whole(data)
-    marks = fingerprints(images[0])
-    seen = shared(marks, about["images"])
-    if seen:
-        raise ValueError(
-            f"{seen} of these {len(marks)} images were used for tuning; a curve on them would report what was "
-            "optimised. Use images that tuning has not seen, such as data.eval"
-        )
+    if not allow_shared:  # said before the work; of the rest the curve takes care
+        refuse_shared(fingerprints(images[0]), about["images"], "for tuning")
     criterion, options = winner(study, space=space, trial=trial)
     several: list[Any] = refs if isinstance(refs, list) else [refs]
     scores = [attribute(model, each, units, criterion, progress=progress) for each in several]
     return pruning_curve(
-        model, scores, images, rates=about["rates"], classes=about["classes"], batch_size=batch_size,
-        progress=progress, **options,
+        model, scores, images, rates=about["rates"], classes=about["classes"], allow_shared=allow_shared,
+        batch_size=batch_size, progress=progress, **options,
     )  # fmt: skip
 
 
