@@ -49,7 +49,10 @@ def accuracy(
     Raises
     ------
     ValueError
-        No sample (of these classes); a class that the model does not have; an output that is not (batch, classes).
+        No sample (of these classes); a class that the model does not have; an output that is not (batch, classes);
+        images or labels that :func:`pxp.attribute` would refuse.
+    TypeError
+        Data of another type; samples that are no pairs (image, label).
     """
     return float(hits(model, data, classes=classes, batch_size=batch_size).double().mean())
 

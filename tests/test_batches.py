@@ -226,6 +226,20 @@ def test_references_have_the_labels_that_the_samples_have(case):
     assert labels.tolist() == [label_of[mark] for mark in fingerprints(images)]
 
 
+def test_few_samples_are_read_where_targets_are_known():
+    read = []
+
+    class Counting(Pictures):
+        def __getitem__(self, index: int):
+            read.append(index)
+            return super().__getitem__(index)
+
+    for transform in (None, lambda k: 3 - k, lambda k: k + 7):
+        read.clear()
+        pxp.reference_samples(Counting(transform=to_tensor, target_transform=transform), 2)
+        assert len(read) == 4 + 8  # one of each class, and what is drawn
+
+
 def test_classes_are_those_behind_the_transform():
     data = Pictures(transform=to_tensor, target_transform=lambda k: 100 * k)
     assert pxp.reference_samples(data, 1, [300, 0]).labels.tolist() == [300, 0]

@@ -174,6 +174,8 @@ def test_numbers_of_a_curve_by_hand():
 
 
 def test_top_pr_stops_at_the_first_fall():
+    assert pxp.Curve((0.0, 0.1, 0.2), ((1.0, 0.95, 0.9),)).top_pr() == 0.1  # just that share is enough
+    assert pxp.Curve((0.0, 0.1, 0.2), ((0.5, 0.25, 0.2),)).top_pr(0.5) == 0.1
     assert pxp.Curve((0.0, 0.1, 0.2, 0.3), ((1.0, 0.96, 0.5, 0.99),)).top_pr() == 0.1
 
 
