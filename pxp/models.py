@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
-from .data import ASSETS, verify
+from .data import ASSETS, training_images, verify
 
 
 class VGG(nn.Module):
@@ -166,6 +166,11 @@ def device() -> torch.device:
     torch.device
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trained_on(model: nn.Module) -> set[str]:
+    """Fingerprints of what a shipped network was trained on, as far as it is known; of another network none is."""
+    return training_images() if getattr(model, "pxp_name", None) in SHIPPED else set()
 
 
 def model_card(name: str) -> dict:

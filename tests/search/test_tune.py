@@ -254,7 +254,7 @@ def test_a_setting_without_a_ranking_fails_alone(ready):
     assert states["equal"] == (TrialState.FAIL, "all scores are equal, so they rank nothing")
     assert len(study.trials) == 8
     criterion, _ = pxp.winner(study, space=space)
-    assert criterion is criteria["fine"]
+    assert criterion == criteria["fine"] and not hasattr(criteria["fine"], "tuned_on")
 
 
 def test_a_space_may_give_any_criterion_and_options(ready):
@@ -267,7 +267,9 @@ def test_a_space_may_give_any_criterion_and_options(ready):
     study = search(ready, 6, space=space)
     criterion, options = pxp.winner(study, space=space)
     scores = pxp.attribute(model, refs, units, criterion)
-    assert pxp.pruning_curve(model, scores, data, rates=RATES, **options).a_pr == pytest.approx(study.best_value)
+    assert pxp.pruning_curve(model, scores, data, rates=RATES, **options, allow_shared=True).a_pr == pytest.approx(
+        study.best_value
+    )
 
 
 def test_min_keep_guards_every_trial(ready):
@@ -370,6 +372,9 @@ def test_reported_curves_take_other_images(ready):
 
 def test_references_are_not_tuning_images(ready):
     model, refs, units, data = ready
+    for some in ((data[0][:3], data[1][:3]), (torch.cat([refs[0], data[0][:1]]), torch.cat([refs[1], data[1][:1]]))):
+        with pytest.raises(ValueError, match="[13] reference images are also tuning images"):
+            pxp.tune(model, some, units, data, 2)
     with pytest.raises(ValueError, match="8 reference images are also tuning images; draw the two from different"):
         pxp.tune(model, refs, units, (torch.cat([refs[0], data[0]]), torch.cat([refs[1], data[1]])), 2)
 
