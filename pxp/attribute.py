@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from .batches import BATCH_SIZE, Data
 from .criteria import Criterion, Random, check_absolute
-from .data import BATCH_SIZE, Data
 from .input_probe import InputProbe
 from .lrp.composites import LRP, LayerComposite
 from .network.components import Components
 from .network.trace import trace_model
-from .probe import NoComponents, Probe, checked
+from .probe import NoComponents, Probe, explained
 from .scores import Scores
 
 EPSILON = LRP("epsilon")
@@ -98,6 +98,8 @@ def attribute(
         criterion=type(criterion).__name__ if isinstance(criterion, Composite) else repr(criterion),
         samples=probe.samples,
         has_sign=asked.has_sign,
+        references=probe.references,
+        tuned_on=getattr(criterion, "tuned_on", ()),
     )
 
 
@@ -183,9 +185,8 @@ def heatmap(
         A criterion that explains no input.
     """
     asked = as_criterion(criterion)
-    targets = torch.full((len(images),), targets) if isinstance(targets, int) else targets
     with torch.inference_mode(False), torch.enable_grad():
-        both = checked(model, images, targets)
+        both = explained(model, images, targets)
         probe = InputProbe(model, trace_model(model, both[0]), both, batch_size)
         try:
             parts = [_finite(found["input"], criterion) for found in asked.values(probe)]

@@ -15,6 +15,7 @@ from .masks import Mask
 from .network.components import Components, reader_of
 from .network.replica import evaluating, replica
 from .network.trace import example_input
+from .rates import fraction
 from .scores import Scores, guarded, per_cost, prices_of
 
 STEP = 0.05  # share of the components' cost that goes before relevance per cost is ranked anew
@@ -73,8 +74,7 @@ def within_budget(
     if len(given) != 1:
         raise ValueError("give exactly one of flops, parameters and latency")
     ((quantity, share),) = given.items()
-    if not 0 <= share <= 1:
-        raise ValueError(f"{quantity} must be in [0, 1], got {share}")
+    share = fraction(quantity, share)
     if cost is not None and scope == "layer":
         raise ValueError('score per cost ranks across layers; use scope="global"')
     model, units = scores.units.need_model(model), scores.units

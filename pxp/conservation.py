@@ -13,7 +13,7 @@ from .criteria import Criterion
 from .input_probe import InputProbe
 from .lrp.balance import boundaries
 from .network.trace import trace_model
-from .probe import checked
+from .probe import explained
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,9 +85,8 @@ def conservation(
         As :func:`pxp.heatmap`.
     """
     asked = as_criterion(criterion)
-    targets = torch.full((len(images),), targets) if isinstance(targets, int) else targets
     with torch.inference_mode(False), torch.enable_grad():
-        both = checked(model, images, targets)
+        both = explained(model, images, targets)
         structure = trace_model(model, both[0])
         probe = InputProbe(model, structure, both, len(both[0]))
         layers = {name: probe.twin.get_submodule(name) for name in structure.order}

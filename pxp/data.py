@@ -1,4 +1,4 @@
-"""Images and labels: the shipped subsets of Fashion-MNIST, the full data set, and reference samples."""
+"""Data sets: the shipped subsets of Fashion-MNIST, the full data set, and reference samples."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-Data: TypeAlias = tuple[Tensor, Tensor] | DataLoader | Dataset
-
-BATCH_SIZE = 64  # the default wherever images are read: small batches stay in the processor's cache, and in memory
+from .batches import Data, distinct, fingerprints, labels_of, samples, whole
 
 ASSETS = Path(str(files("pxp") / "assets"))
 
@@ -46,6 +44,9 @@ _IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+
+_TRAINING: set[str] = set()  # filled by load_dataset, see training_images
 
 
 class Split(NamedTuple):
@@ -188,37 +189,43 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
     if root is not None and not full:
         raise ValueError("root is only read with full=True; the shipped subsets need none")
     packed = _read_subsets(ASSETS / "fashion-mnist.npz")
-    if not full:
+    if full:
+        train_images, train_labels, test_images, test_labels = _read_full(root)
+        tune = packed["tune_index"]
+        rest = np.setdiff1d(np.arange(len(train_labels)), tune)
+        parts = {
+            "reference": _split(train_images[rest], train_labels[rest]),
+            "tune": _split(train_images[tune], train_labels[tune]),
+            "eval": _split(test_images, test_labels),
+        }
+    else:
         parts = {
             part: _split(packed[f"{part}_images"], packed[f"{part}_labels"]) for part in ("reference", "tune", "eval")
         }
-        return ImageData(name, FASHION_MNIST_CLASSES, tuple(range(10)), **parts)
-    train_images, train_labels, test_images, test_labels = _read_full(root)
-    tune = packed["tune_index"]
-    rest = np.setdiff1d(np.arange(len(train_labels)), tune)
-    return ImageData(
-        name,
-        FASHION_MNIST_CLASSES,
-        tuple(range(10)),
-        reference=_split(train_images[rest], train_labels[rest]),
-        tune=_split(train_images[tune], train_labels[tune]),
-        eval=_split(test_images, test_labels),
-    )
+    _TRAINING.update(fingerprints(parts["reference"].images))
+    return ImageData(name, FASHION_MNIST_CLASSES, tuple(range(10)), **parts)
 
 
-def reference_samples(
-    data: tuple[Tensor, Tensor] | Dataset,
-    per_class: int = 10,
-    classes: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Split:
+def training_images() -> set[str]:
+    """Fingerprints of training images of Fashion-MNIST: the shipped ones, and all that were loaded with ``full=True``.
+
+    The shipped networks were trained on 59,000 images, of which only 1,000 ship with the package. Of others, read in
+    another way, every 59th is one of these: a set with many of them is recognised by these few.
+    """
+    if not _TRAINING:
+        load_dataset()
+    return _TRAINING
+
+
+def reference_samples(data: Data, per_class: int = 10, classes: Sequence[int] | None = None, seed: int = 0) -> Split:
     """Draw the images whose explanations score the components: the same number of each class.
 
     Parameters
     ----------
-    data : (images, labels) or map-style Dataset
-        Images (N, ...) and integer labels (N,); or any dataset of (image, label), whose ``targets`` (torchvision's
-        name) are used if it has them, so that only the drawn images are read.
+    data : (images, labels), map-style Dataset or DataLoader
+        Images (N, ...) and integer labels (N,) or (N, 1), as for :func:`pxp.attribute`. Of a Dataset that has
+        ``targets`` (torchvision's name) only the drawn images and one of each class are read, else all; the labels are
+        always those that its samples have, behind ``target_transform``.
     per_class : int, default 10
         Samples per class; the paper's headline runs use 10.
     classes : sequence of int, optional
@@ -234,20 +241,17 @@ def reference_samples(
     Raises
     ------
     ValueError
-        If a class has too few samples or does not occur, if ``per_class`` is below 1, if ``data`` is empty.
+        If a class has too few samples, does not occur or is given twice, if ``per_class`` is below 1, if ``data`` is
+        empty; images or labels that :func:`pxp.attribute` would refuse.
+    TypeError
+        Data of another type; samples that are no pairs (image, label).
     """
     if per_class < 1:
         raise ValueError(f"per_class must be at least 1, got {per_class}")
-    if isinstance(data, tuple):
-        labels = torch.as_tensor(data[1])
-        if len(data[0]) != len(labels):
-            raise ValueError(f"got {len(data[0])} images but {len(labels)} labels")
-    else:
-        targets = getattr(data, "targets", None)
-        labels = torch.as_tensor([label for _, label in data] if targets is None else targets)  # type: ignore[attr-defined]
+    images, labels = (torch.empty(0), labels_of(data)) if isinstance(data, Dataset) else whole(data)
     if len(labels) == 0:
         raise ValueError("cannot draw reference samples: the data are empty")
-    wanted = labels.unique().tolist() if classes is None else [int(c) for c in classes]
+    wanted = labels.unique().tolist() if classes is None else distinct(classes)
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for c in wanted:
@@ -256,25 +260,9 @@ def reference_samples(
             raise ValueError(f"class {c} has {len(members)} samples, fewer than per_class={per_class}")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
     index = torch.cat(chosen)
-    if isinstance(data, tuple):
-        return Split(data[0][index], labels[index].long())
-    return Split(torch.stack([torch.as_tensor(data[i][0]) for i in index.tolist()]), labels[index].long())
-
-
-def batches(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over ``data`` in order as (images, labels) batches; a DataLoader keeps its own batches."""
-    if isinstance(data, tuple | list) and len(data) == 2:
-        images, labels = (torch.as_tensor(part) for part in data)
-        if len(images) != len(labels):
-            raise ValueError(f"got {len(images)} images but {len(labels)} labels")
-        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    elif isinstance(data, DataLoader):
-        for images, labels in data:
-            yield images, torch.as_tensor(labels)
-    elif isinstance(data, Dataset):
-        yield from DataLoader(data, batch_size=batch_size)
-    else:
-        raise TypeError(f"expected (images, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+    if isinstance(data, Dataset):
+        return Split(*samples(data, index.tolist()))
+    return Split(images[index], labels[index])
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:

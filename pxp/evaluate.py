@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from .bars import bar
+from .batches import BATCH_SIZE, Data, batches, distinct, fingerprints, refuse_shared
 from .budget import latencies
-from .data import BATCH_SIZE, Data, shipped_file
+from .data import shipped_file
 from .files import FORMAT, Newer, check_format, renewed
+from .models import trained_on
+from .rates import RATES, as_rates, fraction
 from .scores import Scores
 from .statistics import Comparison, bootstrap, paired
 from .sweep import Sweep, hits
-
-RATES = tuple(round(0.05 * step, 2) for step in range(20))
 
 
 def accuracy(
@@ -48,7 +50,10 @@ def accuracy(
     Raises
     ------
     ValueError
-        No sample (of these classes); a class that the model does not have; an output that is not (batch, classes).
+        No sample (of these classes); a class that the model does not have; an output that is not (batch, classes);
+        images or labels that :func:`pxp.attribute` would refuse.
+    TypeError
+        Data of another type; samples that are no pairs (image, label).
     """
     return float(hits(model, data, classes=classes, batch_size=batch_size).double().mean())
 
@@ -60,8 +65,9 @@ class Curve:
     Attributes
     ----------
     rates : tuple of float
+        In [0, 1], growing; a list, array, Tensor or generator becomes a tuple of floats.
     runs : tuple of tuple of float
-        Accuracy per run (row) and rate (column).
+        Accuracy, in [0, 1], per run (row) and rate (column).
     criterion : str
         What ranked the components.
     settings : dict
@@ -74,7 +80,9 @@ class Curve:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.runs or any(len(run) != len(self.rates) for run in self.runs):
+        object.__setattr__(self, "rates", as_rates(self.rates))
+        object.__setattr__(self, "runs", tuple(tuple(fraction("accuracy", a) for a in run) for run in self.runs))
+        if not self.rates or not self.runs or any(len(run) != len(self.rates) for run in self.runs):
             raise ValueError(f"every run needs one accuracy for each of the {len(self.rates)} rates")
 
     @property
@@ -98,16 +106,25 @@ class Curve:
         return float(np.trapezoid(self.accuracy, self.rates))
 
     def top_pr(self, share: float = 0.95) -> float:
-        """Highest rate up to which the mean accuracy never falls below ``share`` of that at the first rate."""
+        """Highest rate up to which the mean accuracy never falls below ``share`` of that at the first rate.
+
+        Of a curve that starts at rate 0 that is the unpruned network's; of another it is not, and the Top-PR of two
+        curves can only be compared if they start alike. ``share`` is a fraction, 0.95 for 95 %.
+        """
+        share = fraction("share", share)
         good = self.accuracy >= share * self.accuracy[0]
         return self.rates[int(np.argmin(good)) - 1] if not good.all() else self.rates[-1]
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap interval of the mean accuracy at each rate, over runs; two arrays (rates,)."""
+        """Bootstrap interval of the mean accuracy at each rate, over runs; two arrays (rates,).
+
+        ``level`` is a fraction, 0.95 for 95 %. It tells how much the runs vary, that is the reference samples (or
+        seeds), not the images that accuracy is measured on. A single run does not vary: both arrays are its accuracy.
+        """
         return bootstrap(np.asarray(self.runs), level)
 
     def a_pr_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of A_PR over runs."""
+        """Bootstrap interval of A_PR over runs; as :meth:`interval`."""
         low, high = bootstrap(self.a_pr_runs[:, None], level)
         return float(low[0]), float(high[0])
 
@@ -128,11 +145,13 @@ class Curve:
         Raises
         ------
         ValueError
-            The file is no such JSON, or a newer pxp wrote it.
+            The file is no such JSON, what it holds is no curve, or a newer pxp wrote it.
         """
         try:
             return cls._made_of(json.loads(Path(path).read_text()), path)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except Newer:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no curve written by pxp: {error}") from error
 
     @classmethod
@@ -149,9 +168,12 @@ class Curve:
     def __repr__(self) -> str:
         low, high = self.a_pr_interval()
         spread = f" [{low:.3f}, {high:.3f}]" if len(self.runs) > 1 else ""
+        first, best = self.rates[0], self.accuracy[0]
+        since = f" from {first:.0%} on" if first else ""  # where nothing is said about the unpruned network
+        start = f"relative to {best:.3f} at {first:.0%}" if first else f"unpruned {best:.3f}"
         return (
             f"Curve({self.criterion or 'unnamed'}, {len(self.runs)} run{'s' if len(self.runs) > 1 else ''}: "
-            f"A_PR {self.a_pr:.3f}{spread}, Top-PR {self.top_pr():.0%}, unpruned {self.accuracy[0]:.3f})"
+            f"A_PR {self.a_pr:.3f}{spread}{since}, Top-PR {self.top_pr():.0%}, {start})"
         )
 
 
@@ -203,13 +225,14 @@ def pruning_curve(
     scores: Scores | Sequence[Scores],
     data: Data,
     *,
-    rates: Sequence[float] = RATES,
+    rates: Iterable[float] = RATES,
     classes: Sequence[int] | None = None,
     by: str = "magnitude",
     order: str = "least",
     scope: str = "global",
     min_keep: int = 0,
     cost: str | Mapping[str, float] | None = None,
+    allow_shared: bool = False,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Curve:
@@ -221,15 +244,21 @@ def pruning_curve(
     scores : Scores or sequence of Scores
         Several (one per seed) give the curve its interval.
     data : (images, labels), DataLoader or Dataset
-        Images that neither training nor tuning has seen.
-    rates : sequence of float
-        Default the paper's 20: 0, 0.05, …, 0.95.
+        Images that neither training, nor tuning, nor attribution has seen.
+    rates : iterable of float
+        In [0, 1], growing; a list, array, Tensor or generator. Default the paper's 20: 0, 0.05, …, 0.95.
     classes : sequence of int, optional
         See :func:`accuracy`.
     by, order, scope, min_keep, cost
         See :meth:`pxp.Scores.select`; ``cost="latency"`` is measured by :func:`pxp.latencies`.
+    allow_shared : bool, default False
+        Report on images that were used before. Otherwise they are refused, if they are more than 1 % of the smaller of
+        two sets: the references of a Scores; what its criterion was tuned on, if it is :func:`pxp.winner`'s; and what a
+        shipped network was trained on, of which the 1,000 images of ``data.reference`` are known, and all 59,000 once
+        they were loaded with ``full=True``. Images are recognised by their values: cropped, normalised or otherwise
+        changed they are others. What other networks were trained on, or a network by :func:`pxp.finetune`, is not
+        known, nor what a criterion of one's own was chosen on.
     batch_size : int, default 64
-        Small batches stay in the processor's cache; more would not be faster.
     progress : bool, default True
         Show a bar when it takes longer than five seconds.
 
@@ -240,18 +269,39 @@ def pruning_curve(
     Raises
     ------
     ValueError
-        No scores or no rates, and as :meth:`Scores.select` and :func:`accuracy`.
+        No scores or no rates; rates that do not grow; images that were used before; and as :meth:`Scores.select` and
+        :func:`accuracy`.
     """
     several = [scores] if isinstance(scores, Scores) else list(scores)
+    rates = as_rates(rates)
     if not several or not rates:
         raise ValueError("a pruning curve needs at least one Scores and one rate")
     settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
     price = latencies(model, several[0].units) if cost == "latency" else cost
     masks = [[one.select(rate, **{**settings, "cost": price}) for rate in rates] for one in several]  # type: ignore
+    if not allow_shared:
+        _refuse_seen(model, several, data, classes, batch_size)
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)  # runs share the unpruned network, and more
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
         runs = tuple(tuple(sweep.accuracies(row, ahead.update)) for row in masks)
-    return Curve(tuple(rates), runs, several[0].criterion, settings)
+    return Curve(rates, runs, several[0].criterion, settings)
+
+
+def _refuse_seen(
+    model: nn.Module, several: Sequence[Scores], data: Data, classes: Sequence[int] | None, batch_size: int
+) -> None:
+    """Raise a ValueError if the images to report on were used before, see ``allow_shared`` of :func:`pruning_curve`."""
+    used: list[tuple[Collection[str], str]] = [(scores.references, "as references") for scores in several]
+    used += [(scores.tuned_on, "for tuning") for scores in several]
+    used += [(trained_on(model), "to train this network")]
+    if not any(seen for seen, _ in used):
+        return
+    marks: set[str] = set()
+    for images, labels in batches(data, batch_size):
+        members = slice(None) if classes is None else torch.isin(labels, torch.as_tensor(distinct(classes)).to(labels))
+        marks.update(fingerprints(images[members]))
+    for seen, purpose in used:
+        refuse_shared(marks, seen, purpose)
 
 
 def compare(first: Curve, second: Curve) -> Comparison:
@@ -273,7 +323,7 @@ def compare(first: Curve, second: Curve) -> Comparison:
     ValueError
         Other rates; other numbers of runs; fewer than two pairs.
     """
-    if first.rates != second.rates:
+    if len(first.rates) != len(second.rates) or not np.allclose(first.rates, second.rates, rtol=0, atol=1e-9):
         raise ValueError("the two curves have different rates")
     a, b = first.a_pr_runs, second.a_pr_runs
     if len(a) != len(b) and 1 not in (len(a), len(b)):

@@ -103,7 +103,7 @@ def load_tensors(path: str | Path, what: str) -> tuple[Components, dict[str, dic
         )
         layers = [Layer(**{**entry, "site": tuple(entry["site"])}) for entry in header["layers"]]
         kind, extra = header["kind"], header["extra"]
-        if set(tensors) != _GROUPS[what] or set(extra) != _EXTRA[what] - (_SINCE_2 if version < 2 else set()):
+        if set(tensors) != _GROUPS[what] or not _EXTRA[what] - (_SINCE_2 if version < 2 else set()) <= set(extra):
             raise KeyError(f"it holds {', '.join([*tensors, *extra])}")
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no {what} file written by pxp, or it is damaged: {error}") from error

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from zennit.core import Hook
 
-# what a zennit hook or composite holds only while it is in place
-_PASSING = {*vars(Hook()), "handles", "hook_refs"}
+# what a zennit hook or composite holds only while it is in place, and where a criterion comes from
+_PASSING = {*vars(Hook()), "handles", "hook_refs", "tuned_on"}
 
 
 class ByValue:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from .data import Data
+from .batches import Data
 from .network.replica import eager
 from .network.trace import Trace
 from .probe import Probe, reading, unbroken

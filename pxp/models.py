@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
-from .data import ASSETS, verify
+from .data import ASSETS, training_images, verify
 
 
 class VGG(nn.Module):
@@ -182,6 +182,11 @@ def _tagged(name: str, weights: str | None) -> str:
         has = ", ".join(map(repr, [tag] if tag else tags)) or "none"
         raise ValueError(f"{name!r} has no weights {weights!r}; allowed: 'pretrained', or of its tags: {has}")
     return f"{base}.{weights}"
+
+
+def trained_on(model: nn.Module) -> set[str]:
+    """Fingerprints of what a shipped network was trained on, as far as it is known; of another network none is."""
+    return training_images() if getattr(model, "pxp_name", None) in SHIPPED else set()
 
 
 def model_card(name: str) -> dict:

@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from .bars import bar
 from .baseline import Baseline, on_the_way
-from .data import BATCH_SIZE, Data, batches
+from .batches import BATCH_SIZE, Data, batches, check_classes, checked, fingerprints
 from .network.bake import need_weight
 from .network.check import check_replica, forgotten, once
 from .network.components import Components, Layer
@@ -43,6 +43,8 @@ class Probe:
         A replica in evaluation mode whose BatchNorms are merged; its layers have the names of the model's.
     samples : int
         How many reference samples were read so far.
+    references : set of str
+        Their fingerprints.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Probe:
         check_values(model)
         self.model, self.structure = model, structure
         self.samples = 0
+        self.references: set[str] = set()
         self._units, self._refs, self._batch_size, self._progress = units, refs, batch_size, progress
         self._functions: Mapping[str, Pass] | None = None
 
@@ -77,7 +80,8 @@ class Probe:
         """Reference samples, checked, on the model's device and in its dtype: (images, labels) at a time."""
         parts = batches(self._refs, self._batch_size)
         for images, labels in bar(parts, show=self._progress, desc="attribute", unit="batch"):
-            images, labels = checked(self.model, images, labels)
+            self.references.update(fingerprints(images))
+            images, labels = placed(self.model, images, labels)
             if self.samples == 0 and once(self.model, "replica"):
                 with forgotten(self.model):
                     self._check_batch(images, labels)  # what the model does not accept is an error of its own
@@ -239,12 +243,7 @@ class Probe:
         logits, signals = self._run(images, self.structure.followed)
         if signals is not None and self._functions is not None:
             self._check_faults(signals, logits, "these images")
-        labels = labels.to(logits.device)  # a model may be spread over several devices
-        if int(labels.max()) >= logits.shape[1]:
-            raise ValueError(
-                f"labels reach {int(labels.max())}, but the model has {logits.shape[1]} classes "
-                f"(0 to {logits.shape[1] - 1})"
-            )
+        check_classes(labels, logits)
         return logits
 
     def _run(self, images: Tensor, followed: bool) -> tuple[Tensor, Signals | None]:
@@ -317,30 +316,19 @@ def unbroken(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Validate one batch and move it to the model's device and dtype."""
+def placed(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch on the model's device, the images in its dtype."""
     check_values(model)
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be a floating-point tensor, got {kind}")
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(
-            f"labels must be a 1-D tensor of class indices, got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if images.ndim < 2 or len(images) == 0:
-        raise ValueError(f"images must be a non-empty batch (samples, ...), got shape {tuple(images.shape)}")
-    if len(images) != len(labels):
-        raise ValueError(f"got {len(images)} images but {len(labels)} labels")
-    if not bool(images.isfinite().all()):
-        raise ValueError("images contain NaN or infinite values")
-    if int(labels.min()) < 0:
-        raise ValueError(f"labels must be class indices from 0, got {int(labels.min())}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
-    images = images.detach().to(parameter)
-    labels = labels.to(parameter.device).long()
+    images, labels = images.detach().to(parameter), labels.to(parameter.device)
     # tensors made in inference mode cannot be part of a graph
     return tuple(part.clone() if part.is_inference() else part for part in (images, labels))  # type: ignore[return-value]
+
+
+def explained(model: nn.Module, images: Tensor, targets: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Images with the class to explain of each, or one for all; checked, and placed as the model needs them."""
+    given = torch.as_tensor(targets)
+    return placed(model, *checked(images, given.expand(len(images)) if given.ndim == 0 else given))
 
 
 @contextmanager

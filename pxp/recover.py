@@ -19,8 +19,8 @@ from zennit.core import Composite
 
 from .attribute import as_criterion, attribute
 from .bars import bar
+from .batches import BATCH_SIZE, Data, check_classes, fingerprints, whole
 from .criteria import Criterion
-from .data import BATCH_SIZE, Data
 from .files import FORMAT, check_format
 from .identity import identity
 from .masks import Mask, masked
@@ -29,7 +29,6 @@ from .network.layers import is_batch_norm
 from .network.outputs import logits_of
 from .network.replica import evaluating
 from .scores import Scores
-from .search.studies import fingerprints, whole
 
 WARM = 0.3  # of all steps, while the learning rate rises
 
@@ -211,6 +210,7 @@ def finetune(
             for index in _batches(order, batch_size):
                 x, y = images[index], labels[index]
                 logits = logits_of(trained(x))
+                check_classes(y, logits)
                 loss = F.cross_entropy(logits, y)
                 if teacher is not None:
                     with torch.no_grad():
@@ -264,7 +264,9 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 def _digest(tensors: Iterable[Tensor]) -> str:
     """A short hash of all values, to see whether a state is of the same run."""
-    marks = [mark for tensor in tensors for mark in (str(tensor.shape), *fingerprints(torch.atleast_2d(tensor)))]
+    marks = [
+        mark for tensor in tensors for mark in (str(tensor.shape), *fingerprints(torch.atleast_2d(tensor), math.inf))
+    ]
     return hashlib.blake2b("".join(marks).encode(), digest_size=6).hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from .files import load_tensors, renewed, save_tensors
 from .masks import ByLayer, Mask
 from .network.components import Components
+from .rates import fraction
 
 
 class Scores(ByLayer):
@@ -30,6 +32,9 @@ class Scores(ByLayer):
         Number of reference samples that were seen (0: none is needed).
     has_sign : bool, default True
         Whether ``signed`` tells useful from harmful; if not, :meth:`select` refuses ``by="signed"``.
+    references, tuned_on : collection of str
+        Fingerprints of these samples, and of the images that the criterion was tuned on (if it is
+        :func:`pxp.winner`'s): :func:`pxp.pruning_curve` does not report on them. Unknown (empty) in files of pxp 0.1.
 
     Raises
     ------
@@ -46,12 +51,15 @@ class Scores(ByLayer):
         criterion: str = "",
         samples: int = 0,
         has_sign: bool = True,
+        references: Collection[str] = (),
+        tuned_on: Collection[str] = (),
     ) -> None:
         super().__init__(units, magnitude)
         self.signed: Mapping[str, Tensor] = ByLayer(units, signed, "signed scores")
         self.criterion = criterion
         self.samples = samples
         self.has_sign = has_sign
+        self.references, self.tuned_on = frozenset(references), frozenset(tuned_on)
         broken = [n for n in self if not bool((self[n].isfinite() & self.signed[n].isfinite()).all())]
         if broken:
             raise ValueError(
@@ -126,8 +134,10 @@ class Scores(ByLayer):
             raise ValueError(f"scores by {self.criterion} have no sign that tells useful from harmful; by='magnitude'")
         if (rate is None) == (count is None):
             raise ValueError("give exactly one of rate and count")
-        if rate is not None and not 0 <= rate <= 1:
-            raise ValueError(f"rate must be in [0, 1], got {rate}")
+        rate = None if rate is None else fraction("rate", rate)
+        for name, number in (("count", count), ("min_keep", min_keep)):
+            if number is not None and not isinstance(number, Integral):
+                raise TypeError(f"{name} must be a whole number, got {number!r}")
         if count is not None and cost is not None:
             raise ValueError("count says how many, so a cost has no meaning beside it; give a rate")
         if count is not None and not 0 <= count <= self.units.total:
@@ -163,6 +173,7 @@ class Scores(ByLayer):
     def save(self, path: str | Path) -> None:
         """Write as safetensors."""
         extra = {"criterion": self.criterion, "samples": self.samples, "has_sign": self.has_sign}
+        extra |= {"references": sorted(self.references), "tuned_on": sorted(self.tuned_on)}
         save_tensors(path, "scores", self.units, {"magnitude": self, "signed": self.signed}, extra)
 
     @classmethod

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .rates import fraction
+
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
@@ -45,7 +47,8 @@ def paired(difference: np.ndarray) -> Comparison:
 
 
 def bootstrap(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of the mean over the first axis; (columns,) each."""
+    """Percentile interval of the mean over the first axis; (columns,) each; ``level`` is a fraction."""
+    level = fraction("level", level)
     if len(values) < 2:
         return values[0], values[0]
     from scipy import stats

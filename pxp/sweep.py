@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .batches import BATCH_SIZE, Data, batches, check_classes, distinct
 from .compaction.compact import Blueprint
-from .data import BATCH_SIZE, Data, batches
 from .masks import Mask, masked
 from .network.attention import Attention
 from .network.bake import plain
@@ -279,15 +279,13 @@ def correct(
     """
     check_values(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    wanted = None if classes is None else torch.as_tensor(list(classes))
-    if wanted is not None and (len(wanted) == 0 or len(wanted.unique()) < len(wanted)):
-        raise ValueError(f"classes must be distinct class indices, got {list(classes or [])}")
+    wanted = None if classes is None else torch.as_tensor(distinct(classes))
     if wanted is not None and int(wanted.min()) < 0:
         raise ValueError(f"class {int(wanted.min())} does not exist: classes are counted from 0")
     found = []
     for images, labels in batches(data, batch_size):
-        labels = torch.as_tensor(labels)
         if wanted is not None:
+            wanted = wanted.to(labels.device)
             members = torch.isin(labels, wanted)
             images, labels = images[members], labels[members]
             labels = (labels[:, None] == wanted).int().argmax(1)
@@ -296,9 +294,10 @@ def correct(
         rows = []
         for output in run(images if reference is None else images.to(reference)):
             logits = logits_of(output)
-            highest = int(labels.max()) if wanted is None else int(wanted.max())
-            if highest >= logits.shape[1]:
-                raise ValueError(f"class {highest} does not exist: the model has {logits.shape[1]} classes")
+            if wanted is None:
+                check_classes(labels, logits)
+            else:
+                check_classes(wanted, logits, "classes")
             chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
             rows.append(chosen.argmax(1).cpu() == labels.cpu())
         found.append(torch.stack(rows))

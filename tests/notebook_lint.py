@@ -11,10 +11,11 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import nbformat
+import versions
 from nbformat import NotebookNode
 from nbval_tolerance import stated_tolerance
 
@@ -94,14 +95,13 @@ def extras(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def sections(root: Path = ROOT) -> dict[str, set[str]]:
-    """Names in each section of ``requirements.txt``, as ``setup.py`` reads it; the runtime section is ``""``."""
-    text = (root / "requirements.txt").read_text(encoding="utf8")
-    runtime, *rest = re.split(r"# --- .*: the extra \[(\w+)\]\n", text)
-    return {extra: declared(part) for extra, part in zip(["", *rest[::2]], [runtime, *rest[1::2]], strict=True)}
+    """Names in each section of ``requirements.txt``; the runtime section is ``""``."""
+    found = versions.sections((root / "requirements.txt").read_text(encoding="utf8"))
+    return {extra: declared(lines) for extra, lines in found.items()}
 
 
-def declared(section: str) -> set[str]:
-    names = (re.match(r"[A-Za-z0-9_.-]+", line) for line in section.splitlines() if not line.startswith("#"))
+def declared(lines: Iterable[str]) -> set[str]:
+    names = (re.match(r"[A-Za-z0-9_.-]+", line) for line in lines)
     return {name.group().lower() for name in names if name}
 
 

@@ -434,7 +434,7 @@ def test_nothing_is_patched_process_wide():
     for criterion in (*CRITERIA, _zennit_like()):
         scores = pxp.attribute(model, (x, labels), units, criterion)
     pxp.heatmap(model, x, labels)
-    pxp.pruning_curve(model, scores, (x, labels), rates=(0, 0.5))
+    pxp.pruning_curve(model, scores, (x, labels), rates=(0, 0.5), allow_shared=True)
     assert _classes() == before
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -508,7 +508,7 @@ def test_models_of_every_kind_are_left_alone(untouched):
         units = pxp.find_components(model, kind, example=x)
         assert model.training
         scores = pxp.attribute(model, (x, torch.tensor([0, 1])), units, pxp.LRP())
-        pxp.pruning_curve(model, scores, (x, torch.tensor([0, 1])), rates=(0, 0.5))
+        pxp.pruning_curve(model, scores, (x, torch.tensor([0, 1])), rates=(0, 0.5), allow_shared=True)
         with pxp.masked(model, scores.select(0.5)):
             pxp.accuracy(model, (x, torch.tensor([0, 1])))
         scores.units.check(model)

@@ -54,7 +54,9 @@ def test_every_criterion_scores_heads_and_neurons_in_one_pass(untouched):
             for kind in ("head", "neuron"):
                 alone = pxp.attribute(model, (images, targets), units.of_kind(kind), criterion)
                 assert all(relative(together[name], alone[name]) < 1e-10 for name in alone)
-        curve = pxp.pruning_curve(model, together, (images, targets), rates=(0, 0.5), cost="flops", progress=False)
+        curve = pxp.pruning_curve(
+            model, together, (images, targets), rates=(0, 0.5), cost="flops", progress=False, allow_shared=True
+        )
         assert curve.settings["cost"] == "flops"
 
 

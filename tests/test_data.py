@@ -5,18 +5,21 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import FASHION
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.models import VGG16_BN_Weights
 
 import pxp
 from pxp import data as pxp_data
-from pxp.data import ASSETS, FASHION_MNIST_CLASSES, batches, load_dataset, reference_samples
+from pxp.batches import fingerprints
+from pxp.data import ASSETS, FASHION_MNIST_CLASSES, load_dataset, reference_samples
+from pxp.models import trained_on
 
 PARTS = {"reference": 100, "tune": 100, "eval": 200}
 
@@ -152,6 +155,30 @@ def test_files_that_do_not_unpack_say_what_to_do(tmp_path):
         load_dataset(full=True, root=tmp_path)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_split_of_the_full_data_set(tmp_path, monkeypatch, pack):
+    """On a small copy that is made up: tuning images are training images that are not among the references."""
+    _write(tmp_path, pack, train=40, test=7)
+    index = np.array([31, 2, 17], dtype=np.int32)
+    monkeypatch.setattr(pxp_data, "_read_subsets", lambda path: {"tune_index": index})
+    with pytest.raises(ValueError, match="not the original release") as refused:
+        load_dataset(full=True, root=tmp_path)
+    digest = re.search(r"SHA-256 (\w+)", str(refused.value))[1]
+    monkeypatch.setattr(pxp_data, "FASHION_MNIST_SHA256", digest)
+    images, labels, test_images, test_labels = (torch.from_numpy(part) for part in pxp_data._read_full(tmp_path))
+    full = load_dataset(full=True, root=tmp_path)
+    rest = [i for i in range(40) if i not in index]
+    for part, pixels, wanted in (
+        (full.reference, images[rest], labels[rest]),
+        (full.tune, images[[31, 2, 17]], labels[[31, 2, 17]]),
+        (full.eval, test_images, test_labels),
+    ):
+        assert part.images.dtype == torch.float32 and torch.equal(part.images, pixels[:, None].float() / 255)
+        assert part.labels.dtype == torch.int64 and torch.equal(part.labels, wanted)
+    assert set(fingerprints(full.reference.images)) <= trained_on(pxp.load_model("vgg"))
+    assert not set(fingerprints(full.tune.images)) & trained_on(pxp.load_model("vgg"))
+
+
 @pytest.mark.skipif(not FASHION.is_dir(), reason=f"the original files are not in {FASHION}")
 def test_the_original_release(data):
     full = load_dataset(full=True, root=FASHION)
@@ -200,7 +227,7 @@ def test_reference_samples_of_a_dataset_read_only_what_is_drawn():
 
     counting = Counting(targets=True)
     drawn = reference_samples(counting, 2)
-    assert counting.read == 4 and drawn.images.shape == (4, 1, 2, 2) and drawn.labels.tolist() == [0, 0, 1, 1]
+    assert counting.read == 2 + 4 and drawn.images.shape == (4, 1, 2, 2) and drawn.labels.tolist() == [0, 0, 1, 1]
     assert all(counting.labels[int(image[0, 0, 0])] == label for image, label in zip(*drawn, strict=True))
     slow = reference_samples(Counting(targets=False), 2)
     assert torch.equal(slow.images, drawn.images)
@@ -221,36 +248,12 @@ def test_impossible_reference_samples(data, arguments, message):
 
 
 def test_reference_samples_of_bad_data():
-    with pytest.raises(ValueError, match="the data are empty"):
+    with pytest.raises(ValueError, match="non-empty batch"):
         reference_samples((torch.zeros(0, 1, 2, 2), torch.zeros(0).long()))
+    with pytest.raises(ValueError, match="the data are empty"):
+        reference_samples(TensorDataset(torch.zeros(0, 1, 2, 2), torch.zeros(0).long()))
     with pytest.raises(ValueError, match="got 3 images but 2 labels"):
         reference_samples((torch.zeros(3, 1, 2, 2), torch.zeros(2).long()))
-
-
-# --- batches -----------------------------------------------------------------------------------------------------
-
-
-def test_batches():
-    x, y = torch.arange(7.0)[:, None], torch.arange(7)
-    pairs = TensorDataset(x, y)
-    for data, sizes in (
-        ((x, y), [3, 3, 1]),
-        ([x, y], [3, 3, 1]),
-        (pxp_data.Split(x, y), [3, 3, 1]),
-        (pairs, [3, 3, 1]),
-        (DataLoader(pairs, batch_size=5), [5, 2]),
-        ((x.numpy(), y.numpy()), [3, 3, 1]),
-        ((x, y.tolist()), [3, 3, 1]),
-    ):
-        found = list(batches(data, 3))
-        assert [len(labels) for _, labels in found] == sizes
-        assert torch.equal(torch.cat([images for images, _ in found]), x)
-        assert torch.equal(torch.cat([labels for _, labels in found]), y)
-    with pytest.raises(ValueError, match="got 7 images but 6 labels"):
-        list(batches((x, y[:6]), 3))
-    for bad in (None, 3, x, (x,), "data"):
-        with pytest.raises(TypeError, match=r"expected \(images, labels\), a Dataset or a DataLoader, got"):
-            list(batches(bad, 3))
 
 
 def test_public_names_exist():

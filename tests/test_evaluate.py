@@ -112,7 +112,7 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
     model.train()
     before = snapshot(model)
     rates = (0.0, 0.05, 0.1, 0.2, 0.5, 0.8)
-    curve = pxp.pruning_curve(model, scores, (images, labels), rates=rates)
+    curve = pxp.pruning_curve(model, scores, (images, labels), rates=rates, allow_shared=True)
     by_hand = []
     for rate in rates:
         with pxp.masked(model, scores.select(rate)):
@@ -133,7 +133,9 @@ def test_curve_options_reach_select_and_accuracy():
     model, x, labels, units = network("vgg", samples=40)
     scores = [pxp.attribute(model, (x, labels), units, rule) for rule in (pxp.Taylor(), pxp.LRP("gamma"))]
     options = {"by": "signed", "order": "most", "scope": "layer", "min_keep": 2, "cost": "flops"}
-    curve = pxp.pruning_curve(model, scores, (x, labels), rates=(0, 0.5, 1), classes=[0, 3], **options)
+    curve = pxp.pruning_curve(
+        model, scores, (x, labels), rates=(0, 0.5, 1), classes=[0, 3], allow_shared=True, **options
+    )
     assert curve.settings == options and curve.rates == (0, 0.5, 1) and len(curve.runs) == 2
     for one, run in zip(scores, curve.runs, strict=True):
         for rate, found in zip(curve.rates, run, strict=True):
@@ -174,7 +176,19 @@ def test_numbers_of_a_curve_by_hand():
 
 
 def test_top_pr_stops_at_the_first_fall():
+    assert pxp.Curve((0.0, 0.1, 0.2), ((1.0, 0.95, 0.9),)).top_pr() == 0.1  # just that share is enough
+    assert pxp.Curve((0.0, 0.1, 0.2), ((0.5, 0.25, 0.2),)).top_pr(0.5) == 0.1
     assert pxp.Curve((0.0, 0.1, 0.2, 0.3), ((1.0, 0.96, 0.5, 0.99),)).top_pr() == 0.1
+
+
+def test_a_curve_that_starts_later_says_so():
+    late = pxp.Curve((0.3, 0.6, 0.9), ((0.8, 0.77, 0.1),), "LRP")
+    assert repr(late) == "Curve(LRP, 1 run: A_PR 0.557 from 30% on, Top-PR 60%, relative to 0.800 at 30%)"
+    two = pxp.Curve((0.3,), ((0.8,), (0.8,)))
+    assert repr(two) == (
+        "Curve(unnamed, 2 runs: A_PR 0.800 [0.800, 0.800] from 30% on, Top-PR 30%, relative to 0.800 at 30%)"
+    )
+    assert "from" not in repr(CURVE) and "unpruned 0.900" in repr(CURVE)
 
 
 def test_curve_file_and_repr(tmp_path):

@@ -21,7 +21,7 @@ from zennit.rules import Gamma as ZennitGamma
 from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
 import pxp
-from pxp.data import BATCH_SIZE
+from pxp.batches import BATCH_SIZE
 from pxp.identity import identity
 
 RULES = {

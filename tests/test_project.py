@@ -77,7 +77,7 @@ def test_requirements_are_lower_bounds_and_reach_the_package():
     assert all(re.fullmatch(r"[\w.-]+(\[\w+\])?(>=[\d.]+(,<\d+)?|==[\d.]+post1)", line) for line in lines), lines
     bounds = dict(line.split(">=") for line in found[""] + found["onnx"])  # what users install has no upper bounds
     assert all(re.fullmatch(r"[\d.]+", version) for version in bounds.values()), bounds
-    assert {line.split(">=")[0].lower() for line in found[""]} <= notebook_lint.requirements()
+    assert {line.split(">=")[0].lower() for line in found[""]} == notebook_lint.requirements()
     assert "jupyter-book" not in notebook_lint.requirements()
     assert list(found) == ["", "onnx", "book", "bench"]
     assert "pxp-book[onnx]" in found["book"]

@@ -260,10 +260,14 @@ def test_in_threads():
 def test_errors_are_those_of_accuracy():
     model, x, labels, units = network("vgg")
     mask = drawn(units, 0.3)
-    for classes, message in (([0, 0], "distinct"), ([-1], "class -1 does not exist"), ([0, 99], "class 99 does not")):
+    for classes, message in (
+        ([0, 0], "distinct"),
+        ([-1], "class -1 does not exist"),
+        ([0, 99], "classes reach 99, but the model has"),
+    ):
         with pytest.raises(ValueError, match=message):
             Sweep(model, (x, labels), classes=classes).accuracies([mask])
-    with pytest.raises(ValueError, match="no sample to evaluate"):
+    with pytest.raises(ValueError, match="non-empty batch"):
         Sweep(model, (x[:0], labels[:0])).accuracies([mask])
     other, *_ = network("resnet")
     with pytest.raises(ValueError, match="another model"):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attribute import attribute
+from ..batches import BATCH_SIZE, Data, fingerprints, refuse_shared, whole
 from ..criteria import Criterion
-from ..data import BATCH_SIZE, Data, batches, shipped_file
+from ..data import shipped_file
 from ..evaluate import Curve, pruning_curve
 from ..files import FORMAT, Newer, check_format
 from ..network.components import Components
@@ -22,8 +22,6 @@ from .storage import check_choices
 
 if TYPE_CHECKING:
     import optuna
-
-SHARED = 0.01  # two splits of one collection may hold a few equal images
 
 
 def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | None = None) -> tuple[Criterion, dict]:
@@ -43,6 +41,7 @@ def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | N
     Returns
     -------
     (criterion, dict)
+        The criterion knows the images that it was tuned on, so that :func:`pxp.pruning_curve` does not report on them.
 
     Raises
     ------
@@ -61,6 +60,8 @@ def winner(study: optuna.Study, *, space: Callable | None = None, trial: int | N
     if space is None and params.get("absolute") == "never":
         params = renewed(params)
     criterion, options = as_criterion(params if space is None else space(optuna.trial.FixedTrial(params)))
+    criterion = copy.copy(criterion)  # a space may give the same object again
+    object.__setattr__(criterion, "tuned_on", frozenset(study.user_attrs.get("pxp", {}).get("images", ())))
     return criterion, {**study.user_attrs.get("pxp", {}).get("selection", {}), **options}
 
 
@@ -73,6 +74,7 @@ def tuned_curve(
     *,
     space: Callable | None = None,
     trial: int | None = None,
+    allow_shared: bool = False,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Curve:
@@ -88,6 +90,8 @@ def tuned_curve(
         Several give the curve its interval.
     data : (images, labels), Dataset or DataLoader
         The images to report on.
+    allow_shared : bool, default False
+        As for :func:`pxp.pruning_curve`.
 
     Returns
     -------
@@ -97,25 +101,21 @@ def tuned_curve(
     Raises
     ------
     ValueError
-        More than 1 % of the images of ``data`` are tuning images; as :func:`pxp.winner`.
+        ``data`` shares images with tuning, references or training, see :func:`pxp.pruning_curve`; as
+        :func:`pxp.winner`.
     """
     about = study.user_attrs.get("pxp")
     if about is None:
         raise ValueError("this is no study made by pxp.tune")
     images = whole(data)
-    marks = fingerprints(images[0])
-    shared = sum(mark in set(about["images"]) for mark in marks)
-    if shared > SHARED * len(marks):
-        raise ValueError(
-            f"{shared} of these {len(marks)} images were used for tuning; a curve on them would report what was "
-            "optimised. Use images that tuning has not seen, such as data.eval"
-        )
+    if not allow_shared:  # said before the work; of the rest the curve takes care
+        refuse_shared(fingerprints(images[0]), about["images"], "for tuning")
     criterion, options = winner(study, space=space, trial=trial)
     several: list[Any] = refs if isinstance(refs, list) else [refs]
     scores = [attribute(model, each, units, criterion, progress=progress) for each in several]
     return pruning_curve(
-        model, scores, images, rates=about["rates"], classes=about["classes"], batch_size=batch_size,
-        progress=progress, **options,
+        model, scores, images, rates=about["rates"], classes=about["classes"], allow_shared=allow_shared,
+        batch_size=batch_size, progress=progress, **options,
     )  # fmt: skip
 
 
@@ -124,12 +124,6 @@ def _reports(curve: Sequence[float], about: dict) -> dict[int, float]:
     if about.get("objective") != ["a_pr"]:
         return {}
     return {step: sum(curve[: step + 1]) / len(about["rates"]) for step in range(len(curve))}
-
-
-def fingerprints(images: Tensor) -> list[str]:
-    """A short hash of every image, to see whether two sets share some."""
-    rows = images.detach().to("cpu", torch.float32).contiguous().numpy()
-    return [hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest() for row in rows]
 
 
 def save_study(study: optuna.Study, path: str | Path) -> None:
@@ -247,11 +241,3 @@ def _renewed(content: dict) -> dict:
         attrs = {**trial["attrs"], "setting": repr((criterion, sorted({**selection, **options}.items())))}
         trials.append({**trial, "params": params, "attrs": attrs})
     return {**content, "distributions": known, "trials": trials}
-
-
-def whole(data: Data) -> tuple[Tensor, Tensor]:
-    """All images and labels in memory: every trial reads them again."""
-    parts = list(batches(data, BATCH_SIZE))
-    if not parts:
-        raise ValueError("there are no images")
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +20,19 @@ from zennit.core import Composite
 
 from ..attribute import attribute
 from ..bars import bar
+from ..batches import BATCH_SIZE, Data, fingerprints, shared, whole
 from ..budget import Budget, latencies
 from ..criteria import Criterion
-from ..data import BATCH_SIZE, Data
-from ..evaluate import RATES
 from ..files import FORMAT, check_format
 from ..identity import identity
 from ..lrp.composites import LRP
 from ..masks import Mask
 from ..network.components import Components
+from ..rates import RATES, as_rates
 from ..scores import Scores
 from ..sweep import Sweep
 from .space import SearchSpace, as_criterion, search_space
 from .storage import check_choices, check_same, offered_by, open_storage, quiet
-from .studies import SHARED, fingerprints, whole
 
 if TYPE_CHECKING:
     import optuna
@@ -221,7 +220,7 @@ def tune(
     *,
     space: str | Mapping[str, Any] | Callable[[optuna.Trial], Any] = "paper",
     objective: str | Sequence[str] = "a_pr",
-    rates: Sequence[float] = RATES,
+    rates: Iterable[float] = RATES,
     classes: Sequence[int] | None = None,
     min_keep: int = 0,
     scope: str = "global",
@@ -258,8 +257,8 @@ def tune(
         of the components' cost that the highest rate saves which keeps 95 % of the accuracy. Several are maximised
         together and give a Pareto front, ``study.best_trials``. ``"latency@0.95"`` measures the compacted network on
         one batch of tuning images, so it varies a little from run to run.
-    rates : sequence of float
-        Pruning rates of a trial's curve; default the paper's 20.
+    rates : iterable of float
+        Pruning rates of a trial's curve, as for :func:`pxp.pruning_curve`; default the paper's 20.
     classes, batch_size
         As for :func:`pxp.pruning_curve`.
     min_keep, scope
@@ -294,13 +293,15 @@ def tune(
     ------
     ValueError
         As :func:`pxp.attribute`; unknown space, sampler or objective; a wrong name or value in the space; references
-        that are also tuning images; a stored study of another network, or of other images, references, components,
-        objective, rates or choices; choices that a storage cannot hold, such as rule objects.
+        and tuning images that share more than 1 % of the smaller set; a stored study of another network, or of other
+        images, references, components, objective, rates or choices; choices that a storage cannot hold, such as rule
+        objects.
     """
     import optuna
     from optuna.trial import TrialState
 
     objectives = [Objective.parse(text) for text in ([objective] if isinstance(objective, str) else objective)]
+    rates = as_rates(rates)
     if not objectives or not rates:
         raise ValueError("tuning needs at least one objective and one rate")
     if isinstance(space, str):
@@ -310,9 +311,9 @@ def tune(
     images = whole(tune_data)
     references = whole(refs)
     marks = fingerprints(images[0])
-    shared = len(set(fingerprints(references[0])) & set(marks))
-    if shared > SHARED * len(marks):
-        raise ValueError(f"{shared} reference images are also tuning images; draw the two from different splits")
+    seen = shared(fingerprints(references[0]), marks)
+    if seen:
+        raise ValueError(f"{seen} reference images are also tuning images; draw the two from different splits")
     about = {
         "format": FORMAT,
         "objective": [objective] if isinstance(objective, str) else list(objective),
@@ -328,7 +329,8 @@ def tune(
     fixed = {"min_keep": min_keep, "scope": scope}
     run = _Trials(model, references, units, images, space, objectives, rates, fixed, classes, batch_size)
     # what is wrong with the arguments is an error here, not in every trial
-    attribute(model, (references[0][:1], references[1][:1]), units, LRP(), progress=False)
+    highest = int(references[1].argmax())
+    attribute(model, tuple(part[highest : highest + 1] for part in references), units, LRP(), progress=False)  # type: ignore[arg-type]
     everything = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
     run.sweep.accuracies([Mask(units, everything)])
 

@@ -143,7 +143,7 @@ def test_nothing_global_is_changed():
     state = snapshot(model)
     units = pxp.find_components(model, ("head", "neuron"))
     scores = pxp.attribute(model, (images, targets), units, pxp.LRP("gamma", softmax="zplus"))
-    pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.5), progress=False)
+    pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.5), progress=False, allow_shared=True)
     pxp.heatmap(model, images, targets, pxp.LRP(softmax="cp"))
     with pytest.raises(ValueError, match="NaN"):
         pxp.attribute(model, (images * torch.nan, targets), units, pxp.LRP())

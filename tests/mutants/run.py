@@ -41,7 +41,9 @@ def outcome(tests: str, fault: Fault | None = None) -> subprocess.CompletedProce
             "PYTHONPATH": os.pathsep.join([folder, str(TESTS)]),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        # without the root in the path, where the package would hide its copy
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "pythonpath="]
+        command = [sys.executable, "-m", "pytest", *options, *tests.split()]
         return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
 
 

@@ -65,7 +65,9 @@ def test_batches_equal_singles_and_curves_run(name, untouched):
             assert relative(scores[layer], sum(one[layer] for one in singly) / 3) < 1e-10
     for kind in ("head", "neuron"):
         part = pxp.attribute(model, (images, targets), units.of_kind(kind), pxp.LRP())
-        curve = pxp.pruning_curve(model, part, (images, targets), rates=(0, 0.3, 0.9), progress=False)
+        curve = pxp.pruning_curve(
+            model, part, (images, targets), rates=(0, 0.3, 0.9), progress=False, allow_shared=True
+        )
         with pxp.masked(model, part.select(0.9)):
             assert curve.runs[0][2] == pxp.accuracy(model, (images, targets))
         with silenced(model, part.select(0.3)) as twin, pxp.masked(model, part.select(0.3)), torch.no_grad():
@@ -185,7 +187,7 @@ def test_attentions_of_ones_own_can_be_registered(make, heads, registered, untou
                 assert relative(model(x).detach(), expected.detach()) < 1e-13
         assert relative(expected, before) > 1e-6
     scores = pxp.attribute(model, (x, targets), units, pxp.LRP("gamma"))
-    pxp.pruning_curve(model, scores, (x, targets), rates=(0, 0.5), progress=False)
+    pxp.pruning_curve(model, scores, (x, targets), rates=(0, 0.5), progress=False, allow_shared=True)
     small = pxp.compact(model, scores.select(count=1), example=x)
     with pxp.masked(model, scores.select(count=1)):
         assert relative(small(x).detach(), model(x).detach()) < 1e-13

@@ -85,7 +85,7 @@ def test_every_criterion_and_curves(name, criterion):
     units = pxp.find_components(model, "neuron", example=x)
     scores = pxp.attribute(model, (x, targets), units, criterion)
     assert scores["inner"].shape == (8,) and scores["inner"].unique().numel() == 8
-    curve = pxp.pruning_curve(model, scores, (x, targets), rates=(0, 0.5), progress=False)
+    curve = pxp.pruning_curve(model, scores, (x, targets), rates=(0, 0.5), progress=False, allow_shared=True)
     with pxp.masked(model, scores.select(0.5)):
         assert curve.runs[0][1] == pxp.accuracy(model, (x, targets))
 

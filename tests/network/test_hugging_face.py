@@ -129,7 +129,7 @@ def test_masks_and_curves(name, implementation, untouched):
             with torch.no_grad(), pxp.masked(model, only(units, layer, index)):
                 assert not torch.equal(model(images).logits, before), (layer, index)
     scores = pxp.attribute(model, (images, targets), units, pxp.LRP("gamma", softmax="zplus"))
-    curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False)
+    curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False, allow_shared=True)
     with pxp.masked(model, scores.select(0.3)):
         assert curve.runs[0][1] == pxp.accuracy(model, (images, targets))
 
@@ -184,7 +184,7 @@ def test_convolutional_networks(name, untouched):
         units = pxp.find_components(model, kind, example=images)
         scores = pxp.attribute(model, (images, targets), units, pxp.LRP("gamma"))
         mask = scores.select(0.3)
-        curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False)
+        curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.3), progress=False, allow_shared=True)
         with pxp.masked(model, mask), torch.no_grad():
             assert curve.runs[0][1] == pxp.accuracy(model, (images, targets))
             pruned = model(images).logits

@@ -36,7 +36,7 @@ def test_a_vision_transformer_with_attention_pooling_has_neurons(untouched):
         "blocks.0.mlp.fc1": 24, "blocks.1.mlp.fc1": 24, "attn_pool.mlp.fc1": 24,
     }  # fmt: skip
     scores = pxp.attribute(model, (images, targets), units, pxp.Taylor())
-    curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.5), progress=False)
+    curve = pxp.pruning_curve(model, scores, (images, targets), rates=(0, 0.5), progress=False, allow_shared=True)
     assert curve.rates == (0, 0.5)
     for call in (lambda: pxp.find_components(model, "head"), lambda: pxp.heatmap(model, images, targets)):
         with pytest.raises(ValueError, match=r"'attn_pool' \(AttentionPoolLatent\)"):

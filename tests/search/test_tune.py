@@ -180,7 +180,7 @@ def test_the_winner_is_what_its_trial_measured(ready, untouched):
     for trial in study.trials:
         criterion, options = pxp.winner(study, trial=trial.number)
         scores = pxp.attribute(model, refs, units, criterion)
-        curve = pxp.pruning_curve(model, scores, data, rates=RATES, **options)
+        curve = pxp.pruning_curve(model, scores, data, rates=RATES, allow_shared=True, **options)
         assert trial.user_attrs["curve"] == list(curve.runs[0]) and trial.value == pytest.approx(curve.a_pr)
         assert set(trial.user_attrs["seconds"]) == {"attribution", "sweep"}
     assert study.best_value == max(t.value for t in study.trials)
@@ -292,7 +292,7 @@ def test_a_setting_without_a_ranking_fails_alone(ready):
     assert states["equal"] == (TrialState.FAIL, "all scores are equal, so they rank nothing")
     assert len(study.trials) == 8
     criterion, _ = pxp.winner(study, space=space)
-    assert criterion is criteria["fine"]
+    assert criterion == criteria["fine"] and not hasattr(criteria["fine"], "tuned_on")
 
 
 def test_a_space_may_give_any_criterion_and_options(ready):
@@ -305,7 +305,9 @@ def test_a_space_may_give_any_criterion_and_options(ready):
     study = search(ready, 6, space=space)
     criterion, options = pxp.winner(study, space=space)
     scores = pxp.attribute(model, refs, units, criterion)
-    assert pxp.pruning_curve(model, scores, data, rates=RATES, **options).a_pr == pytest.approx(study.best_value)
+    assert pxp.pruning_curve(model, scores, data, rates=RATES, **options, allow_shared=True).a_pr == pytest.approx(
+        study.best_value
+    )
 
 
 def test_min_keep_guards_every_trial(ready):
@@ -335,7 +337,7 @@ def test_a_front_of_accuracy_and_cost(ready):
     for trial in study.trials:
         criterion, options = pxp.winner(study, trial=trial.number)
         scores = pxp.attribute(model, refs, units, criterion)
-        curve = pxp.pruning_curve(model, scores, data, rates=RATES, **options)
+        curve = pxp.pruning_curve(model, scores, data, rates=RATES, allow_shared=True, **options)
         best = max(rate for rate, a in zip(RATES, curve.accuracy, strict=True) if a >= 0.2 * curve.accuracy[0])
         mask = scores.select(best, **options)
         for value, price in zip(trial.values[1:], ("flops", "parameters"), strict=True):
@@ -412,6 +414,9 @@ def test_reported_curves_take_other_images(ready):
 
 def test_references_are_not_tuning_images(ready):
     model, refs, units, data = ready
+    for some in ((data[0][:3], data[1][:3]), (torch.cat([refs[0], data[0][:1]]), torch.cat([refs[1], data[1][:1]]))):
+        with pytest.raises(ValueError, match="[13] reference images are also tuning images"):
+            pxp.tune(model, some, units, data, 2)
     with pytest.raises(ValueError, match="8 reference images are also tuning images; draw the two from different"):
         pxp.tune(model, refs, units, (torch.cat([refs[0], data[0]]), torch.cat([refs[1], data[1]])), 2)
 
@@ -537,7 +542,9 @@ def test_threads(ready):
     for trial in study.trials:
         criterion, options = pxp.winner(study, trial=trial.number)
         scores = pxp.attribute(model, refs, units, criterion)
-        assert trial.value == pytest.approx(pxp.pruning_curve(model, scores, data, rates=RATES, **options).a_pr)
+        assert trial.value == pytest.approx(
+            pxp.pruning_curve(model, scores, data, rates=RATES, allow_shared=True, **options).a_pr
+        )
 
 
 def worker(storage: str, trials: int, *more: str, quiet: bool = True) -> subprocess.Popen:
