@@ -23,7 +23,9 @@ from .network.layers import RELU
 from .network.outputs import logits_of
 from .network.replica import check_values, eager, hooked, out_of_memory, replica
 from .network.signals import Pass, Signals
-from .network.trace import Trace
+from .network.trace import Trace, trace
+
+SEEN = ("order", "norms", "functions")  # of a structure, what must not change
 
 
 class NoComponents(TypeError):
@@ -170,10 +172,11 @@ class Probe:
 
         def told(name: str, *tensors: Tensor) -> None:
             dimension = self.structure.samples.get(name, 0)
-            if dimension is None:
+            if dimension is None or tensors[0].shape[dimension] % samples:
                 raise ValueError(
                     f"it is not clear which values of {name!r} belong to which sample; let the samples be the first "
-                    "dimension of what it gives, or put tokens or windows behind them"
+                    "dimension of what it gives, with tokens or windows behind them; where a layer runs once for each "
+                    "sample, batch_size=1 helps"
                 )
             tensors = tuple(tensor.movedim(dimension, 0) for tensor in tensors)
             if self.units[name].kind != "filter":
@@ -264,8 +267,14 @@ class Probe:
 
     @torch.no_grad()
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
-        """The structure was seen with one image; a forward pass may do something else with several."""
+        """The structure was seen with one image, and before; a forward pass may do something else with several."""
         self.logits(images[:1], labels[:1])
+        now = trace(self.model, images[:1])
+        if any(getattr(now, part) != getattr(self.structure, part) for part in SEEN):
+            raise ValueError(
+                f"{type(self.model).__name__} is not what it was when its components were found: other layers or "
+                "functions run, or a hook has come; find its components again"
+            )
         logits, signals = self._run(images, True)
         assert signals is not None
         if signals.changed and not self.structure.followed:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -82,13 +82,14 @@ class Sweep:
 
     def _networks(self, masks: list[Mask]) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
         """Functions that together give the logits under all masks, in their order."""
+        few = self._few() if masks else None
         while masks:
             number, network = self._merged(masks)
             if network is not None:
                 yield network
             else:
-                with silenced(self.model, masks[0]) as twin:
-                    same = self._gives_the_same(twin, masks[0])
+                with silenced(self.model, masks[0], few) as twin:
+                    same = few is None or self._gives_the_same(twin, masks[0], few)
                     if same:
                         yield _alone(twin)
                 if not same:
@@ -109,7 +110,7 @@ class Sweep:
                 while number < len(masks) and merger.bytes <= ROOM:
                     merger.add(*self._blueprint.cut(masks[number]))
                     number += 1
-                network = merger.network()
+                network = merger.network(self._blueprint.noise)
                 with torch.no_grad():
                     self._blueprint.check(masks[:number], network(self._blueprint.noise))
             except Exception as error:  # whatever hinders it, masking gives the same
@@ -120,16 +121,17 @@ class Sweep:
                 return 1, None
         return number, network
 
-    def _gives_the_same(self, twin: nn.Module, mask: Mask) -> bool:
+    def _few(self) -> Tensor | None:
+        """Two images, as the model takes them."""
+        images, _ = next(batches(self.data, 2), (None, None))
+        reference = next((p for p in self.model.parameters() if p.is_floating_point()), images)
+        return None if images is None else images.to(reference)
+
+    def _gives_the_same(self, twin: nn.Module, mask: Mask, images: Tensor) -> bool:
         """Whether the faster way to mask a model gives what masking it gives.
 
         It does not where something else reads the weights, or what a hook makes of the output.
         """
-        images, _ = next(batches(self.data, 2), (None, None))
-        if images is None:
-            return True
-        reference = next((p for p in self.model.parameters() if p.is_floating_point()), images)
-        images = images.to(reference)
         with torch.no_grad(), evaluating(self.model):
             found = list(tensors(twin(images)))
             with masked(self.model, mask):
@@ -179,11 +181,10 @@ class Merger:
                 self._values[value] = self._graph.create_node(node.op, target, arguments, options)
             own[node] = self._values[value]
 
-    def network(self) -> fx.GraphModule:
+    def network(self, images: Tensor) -> fx.GraphModule:
         """The network; gives a tuple with the output of every one that was added."""
         self._graph.output(tuple(self._outputs))
-        made = fx.GraphModule(self._parts, self._graph).eval()
-        return made.to(memory_format=torch.channels_last) if _fits_channels_last(made) else made
+        return _channels_last(fx.GraphModule(self._parts, self._graph).eval(), images)
 
     def _part(self, part: nn.Module | Tensor) -> str:
         """The name of this part, or of one that is equal."""
@@ -213,14 +214,28 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _fits_channels_last(network: nn.Module) -> bool:
-    """Convolutions over images run faster with the channels last in memory; those over volumes cannot be so."""
-    return all(p.ndim < 5 for p in network.parameters())
+N = TypeVar("N", bound=nn.Module)
+
+
+@torch.no_grad()
+def _channels_last(network: N, images: Tensor) -> N:
+    """Convolutions over images run faster with the channels last in memory, where nothing needs them first.
+
+    Those over volumes cannot be so, and ``x.view(len(x), -1)`` of what they give is an error.
+    """
+    if any(parameter.ndim > 4 for parameter in network.parameters()):
+        return network
+    try:
+        made = network.to(memory_format=torch.channels_last)
+        made.forward(images.clone())  # the call itself would print where the error is
+        return made
+    except RuntimeError:
+        return network.to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
-def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
-    """The masked model, computed faster: BatchNorm merged, the pruned rows zeroed, and channels last.
+def silenced(model: nn.Module, mask: Mask, images: Tensor | None = None) -> Iterator[nn.Module]:
+    """The masked model, computed faster: BatchNorm merged, the pruned rows zeroed, and channels last for such images.
 
     What cannot be written into a replica's weights is masked as in :func:`pxp.masked`.
     """
@@ -244,8 +259,7 @@ def silenced(model: nn.Module, mask: Mask) -> Iterator[nn.Module]:
                 layer.bias = nn.Parameter(layer.bias * keep, requires_grad=False)
         else:
             rest[name] = kept
-    if _fits_channels_last(twin):
-        twin = twin.to(memory_format=torch.channels_last)
+    twin = twin if images is None else _channels_last(twin, images)
     with masked(twin, Mask(mask.units, rest)):
         yield twin
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .passes import FUNCTIONS
 
 TOLERANCE = 1e-5  # of the logit
 ROUNDING = 1e-9  # of all terms of the sum
+LOOSE, LOOSE_ROUNDING = 1e-2, 1e-4  # where the network computes in float32 whatever it is given
 
 
 def check_balance(
@@ -51,34 +52,21 @@ def check_balance(
     ValueError
         It does not hold; the first module in which relevance is lost or made is named.
     """
-    twin = replica(model)
-    fold_batch_norm(twin, structure)
-    twin = twin.double()  # which gives the replica parameters of its own
-    modules = dict(twin.named_modules())
-    hooks = {name: _hooks(module) for name, module in modules.items()}  # the user's: no rule is in place yet
-    shields = [
-        modules[site].register_forward_hook(lambda _, inputs, output: output.clone())
-        for name in structure.overwritten
-        for site in structure.site(name)
-    ]
-    everything = {name: module for name, module in modules.items() if name}
-    with exact(model, structure).context(twin), boundaries(everything) as sums, eager():
-        point = image.double().requires_grad_()
-        constants = _Constants(twin, point, hooks)
-        with constants.watching():
-            logits = constants.logits(logits_of(twin(point)))
-        target = logits.gather(1, label[:, None]).sum()
-        if not target.requires_grad:
-            return
-        (gradient,) = torch.autograd.grad(target, point)
-    for shield in shields:
-        shield.remove()
-    terms = point.detach() * gradient
-    logit = float(target.detach())
-    if not math.isfinite(logit + float(terms.sum()) + constants.total):
+    found, tolerance, rounding = None, TOLERANCE, ROUNDING
+    # a forward pass may ask for one dtype; what autograd refuses in both, explaining it will tell
+    for dtype in (torch.float64, image.dtype):
+        with suppress(RuntimeError):
+            found = _summed(model, structure, image.to(dtype), label, exact)
+            break
+        tolerance, rounding = LOOSE, LOOSE_ROUNDING
+    if found is None:
+        return
+    constants, sums, logit, terms, modules = found
+    total = float(terms.sum())
+    if not math.isfinite(logit + total + constants.total):
         return  # the numbers overflow, which the scores will show
-    allowed = TOLERANCE * abs(logit) + ROUNDING * (constants.size + float(terms.abs().sum()))
-    if abs(float(terms.sum()) + constants.total - logit) <= allowed:
+    allowed = tolerance * abs(logit) + rounding * (constants.size + float(terms.abs().sum()))
+    if abs(total + constants.total - logit) <= allowed:
         return
     for name in constants.ended:
         inside, outside = sums.get(name, (0.0, 0.0))
@@ -92,6 +80,35 @@ def check_balance(
         "computes something that pxp does not know. Write it with modules of torch, or tell what it is like with "
         "pxp.register_layer"
     )
+
+
+def _summed(
+    model: nn.Module, structure: Trace, image: Tensor, label: Tensor, exact: Callable[[nn.Module, Trace], Composite]
+) -> tuple[_Constants, dict[str, list[float]], float, Tensor, dict[str, nn.Module]] | None:
+    """Constants, sums by module, the logit and x · ∂ in the image's precision; None if it has no gradient."""
+    twin = replica(model)
+    fold_batch_norm(twin, structure)
+    twin = twin.to(image.dtype)  # a new dtype gives the replica parameters of its own
+    modules = dict(twin.named_modules())
+    hooks = {name: _hooks(module) for name, module in modules.items()}  # the user's: no rule is in place yet
+    shields = [
+        modules[site].register_forward_hook(lambda _, inputs, output: output.clone())
+        for name in structure.overwritten
+        for site in structure.site(name)
+    ]
+    everything = {name: module for name, module in modules.items() if name}
+    with exact(model, structure).context(twin), boundaries(everything) as sums, eager():
+        point = image.clone().requires_grad_()
+        constants = _Constants(twin, point, hooks)
+        with constants.watching():
+            logits = constants.logits(logits_of(twin(point)))
+        target = logits.gather(1, label[:, None]).sum()
+        if not target.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(target, point)
+    for shield in shields:
+        shield.remove()
+    return constants, sums, float(target.detach()), point.detach() * gradient, modules
 
 
 @contextmanager
@@ -160,8 +177,7 @@ class _Constants(Signals):
         self.by_module: dict[str, float] = {}
         self.ended: dict[str, None] = {}  # modules in the order in which they ended
 
-    def leave(self, args: tuple, options: dict, output: object) -> None:
-        name = self.inside[-1]
+    def leave(self, name: str, args: tuple, options: dict, output: object) -> None:
         self.ended[name] = None
         module = self.modules[name]
         x = next(tensors([args, options]), None)
@@ -178,7 +194,7 @@ class _Constants(Signals):
             if leaf.passes == "identity":
                 nothing = torch.where(x == 0, nothing, 0)
             self._note(nothing, output)
-        super().leave(args, options, output)
+        super().leave(name, args, options, output)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}

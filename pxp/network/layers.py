@@ -200,7 +200,10 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def kind_of_function(function: object) -> Kind | None:
     """What a function of torch or a method of tensors computes; ``x += y`` and ``x.add_(y)`` are as ``x + y``."""
-    return _BY_FUNCTION.get(getattr(function, "__name__", "").strip("_"))
+    name = getattr(function, "__name__", "")
+    if name == "__get__" and function.__self__ is Tensor.data:  # type: ignore[attr-defined]
+        return None  # x.data cuts the gradient as x.detach() does; other attributes, such as x.mT, are views
+    return _BY_FUNCTION.get(name.strip("_"))
 
 
 def passes(module: nn.Module) -> str:

@@ -121,9 +121,12 @@ class Signals(TorchFunctionMode):
         handles = []
         for name, module in self.modules.items():
             handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: self.enter(name, inputs)))
+            if self.strict:
+                handles.append(module.register_forward_hook(lambda *_: self.end(), prepend=True))
             handles.append(
                 module.register_forward_hook(
-                    lambda _, args, options, output: self.leave(args, options, output), with_kwargs=True
+                    lambda _, args, options, output, name=name: self.leave(name, args, options, output),
+                    with_kwargs=True,
                 )
             )
         try:
@@ -152,8 +155,12 @@ class Signals(TorchFunctionMode):
             raise by_keyword(name)
         self.inside.append(name)
 
-    def leave(self, args: tuple, options: dict, output: object) -> None:
-        name = self.inside.pop()
+    def end(self) -> None:
+        """What hooks of users do behind a module is not the module's: it is looked up as in the one around it."""
+        self.inside[-1] = self.inside[-2]
+
+    def leave(self, name: str, args: tuple, options: dict, output: object) -> None:
+        self.inside.pop()
         kind = self.kinds[name]
         if kind is None:
             return
@@ -165,6 +172,9 @@ class Signals(TorchFunctionMode):
             given.append(Signal(GATE, True, 0, frozenset({(name, DEPENDENT)})))
         if kind.passes == "softmax" and given:
             given.append(Signal(GATE, True, 0, frozenset({(name, SOFTMAX)})))
+        if self.strict and given:  # what hooks have done to it
+            seen = [signal.faults for tensor in tensors(output) if (signal := self.of(tensor)) is not None]
+            given.append(Signal(GATE, True, 0, frozenset().union(*seen)))
         if given:
             self.mark(output, self._through(kind, given, name if kind.passes == "rule" else None))
 

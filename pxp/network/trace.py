@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -217,7 +219,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
                 lambda *_, name=name, number=module.num_heads: heads.update({name: number})
             )
             vars(module)["attend"] = counted(name, module.attend)
-    with torch.inference_mode(False), torch.enable_grad(), eager(), uses.watching():
+    with torch.inference_mode(False), torch.enable_grad(), eager(), _at_rest(model), uses.watching():
         output = twin(images)
     answer = next(tensors(getattr(output, "logits", output)), None)
     unseen = Signal(faults=frozenset({("", UNSEEN)}))
@@ -276,6 +278,30 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         _dimensions_of_samples(model, images[:1].detach(), unclear) if unclear else {},
         dict(products),
     )
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Raise ValueError if a module of the model itself runs, as a lambda that a copy has kept may let it."""
+    thread = get_ident()  # in others it may well run
+
+    def ran(name: str) -> None:
+        if get_ident() == thread:
+            raise ValueError(
+                f"{name!r} of the model itself runs inside a copy of {type(model).__name__}: a lambda or closure holds "
+                "it, which no copy can follow; call it as self's in a forward pass"
+            )
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: ran(name), prepend=True)
+        for name, module in model.named_modules()
+        if module._parameters or module._buffers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[str, int | None]:
