@@ -320,7 +320,7 @@ def tune(
         "rates": list(rates),
         "classes": None if classes is None else list(classes),
         "units": units.describe(),
-        "components": identity(units),
+        "components": identity(list(units.values())),
         "network": identity([*model.parameters(), *model.buffers()]),
         "references": identity(sorted(zip(fingerprints(references[0]), references[1].tolist(), strict=True))),
         "selection": {"min_keep": min_keep, "scope": scope},

@@ -932,4 +932,5 @@ def test_a_stored_study_is_of_one_network_and_one_draw(ready, tmp_path):
         with pytest.raises(ValueError, match=f"study 's' exists with other {what}; use another"):
             search(other, 2, **stored)
     shuffled = torch.arange(7, -1, -1)
+    units = pxp.find_components(model, example=data[0])  # found anew they are the same
     assert len(search((model, (refs[0][shuffled], refs[1][shuffled]), units, data), 2, **stored).trials) == 2
