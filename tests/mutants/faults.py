@@ -60,7 +60,7 @@ FAULTS = [
           "    allowed = [TOLERANCE.get(tensor.dtype, 0.0) for tensor in expected]",
           "    allowed = [torch.inf for tensor in expected]", "lrp/test_balance.py"),
     Fault("the self-test allows everything", "lrp/balance.py",
-          "    allowed = TOLERANCE * abs(logit)", "    allowed = 1e9 + TOLERANCE * abs(logit)", "lrp/test_balance.py"),
+          "    allowed = tolerance * abs(logit)", "    allowed = 1e9 + tolerance * abs(logit)", "lrp/test_balance.py"),
     Fault("the self-test is made once and for all", "network/check.py",
           "    if known.get(what) == now:", "    if what in known:", "lrp/test_balance.py"),
     Fault("BatchNorm's variance without its epsilon", "network/fold.py",
