@@ -71,7 +71,6 @@ def test_rates_from_anything(source, tmp_path):
         ([], ValueError, "at least one|needs one accuracy"),
         (np.array([]), ValueError, "at least one|needs one accuracy"),
     ],
-    ids=str,
 )
 def test_rates_that_are_none(rates, error, message):
     model, x, labels, units = network("grouped", samples=6)
