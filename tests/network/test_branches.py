@@ -97,6 +97,16 @@ def test_a_branch_to_what_has_no_rule_is_refused(by):
         pxp.heatmap(model, x, labels, LRP0)
 
 
+def test_a_branch_of_a_later_batch_is_seen():
+    x, labels = torch.randn(4, 1, 8, 8).clamp(-3, 3), torch.tensor([0, 1, 2, 0])
+    x[3, 0, 0, 0] = 5
+    model = Branches("value").eval()
+    units = pxp.find_components(model, example=x[:1])
+    pxp.attribute(model, (x[:3], labels[:3]), units, LRP0, batch_size=1)
+    with pytest.raises(ValueError, match="something else with these images"):
+        pxp.attribute(model, (x, labels), units, LRP0, batch_size=1)
+
+
 class Loud(Net):
     """A gate for the loud images only, if there are any."""
 
