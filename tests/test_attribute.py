@@ -93,8 +93,10 @@ STARTS = {
     "margin": lambda logits, labels: sum(
         row[c] - max(row[k] for k in range(len(row)) if k != c) for row, c in zip(logits, labels.tolist(), strict=True)
     ),
-    "loss": lambda logits, labels: sum(
-        row.exp().sum().log() - row[c] for row, c in zip(logits, labels.tolist(), strict=True)
+    "loss": lambda logits, labels: (
+        -sum(  # positive is useful
+            row.exp().sum().log() - row[c] for row, c in zip(logits, labels.tolist(), strict=True)
+        )
     ),
 }
 
@@ -468,7 +470,7 @@ def test_heatmap_form():
     assert relative(pxp.heatmap(model, x, labels, pxp.LRP(pxp.Epsilon(0))), x * gradient) < 1e-10
     point = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(copy.deepcopy(model)(point), labels, reduction="sum"), point)
-    assert relative(pxp.heatmap(model, x, labels, pxp.Taylor()), x * gradient) < 1e-10
+    assert relative(pxp.heatmap(model, x, labels, pxp.Taylor()), -x * gradient) < 1e-10
 
 
 def test_black_pixels_stay_black_without_an_input_rule():

@@ -90,7 +90,7 @@ def test_what_is_equal_is_computed_once(cut_only):
     blueprint = sweep.Blueprint(model, units, x)
     for mask in masks:
         merger.add(*blueprint.cut(mask))
-    merged = merger.network()
+    merged = merger.network(x)
     convolutions = [part for part in merged.modules() if isinstance(part, nn.Conv2d)]
     assert len(convolutions) == len(units) - 1 + 5
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_parts_that_only_look_equal_stay_apart():
         merger = Merger()
         for parts, made in graphs:
             merger.add(parts, made)
-        return merger.network()
+        return merger.network(torch.zeros(1, 3))
 
     def calls(network):
         return sum(node.op in ("call_module", "call_function") for node in network.graph.nodes)
@@ -142,7 +142,7 @@ def test_no_more_weights_than_there_is_room_for(room, cut_only, monkeypatch):
     expected = Sweep(model, (x, labels)).accuracies(masks)
     made = []
     network_of = Merger.network
-    monkeypatch.setattr(Merger, "network", lambda merger: made.append(merger) or network_of(merger))
+    monkeypatch.setattr(Merger, "network", lambda merger, images: made.append(merger) or network_of(merger, images))
     monkeypatch.setattr(sweep, "ROOM", room)
     assert Sweep(model, (x, labels)).accuracies(masks) == expected
     assert len(made) == 4 if room == 0 else len(made) > 1

@@ -231,9 +231,8 @@ def _make_plain(layer: Any) -> None:
     name, call, _ = runs[1][1][0]
     weight, bias = _fixed(call["weight"]), None if call.get("bias") is None else _fixed(call["bias"])
     own = layer._parameters.get("weight"), layer._parameters.get("bias")
-    # a forward pass that may change another weight is not left in place, but that of a known class is
-    known = _own(layer) is None or kind_of_class(type(layer)) is not None
-    if known and not hooks and "forward" not in vars(layer) and _equal(own[0], weight) and _equal(own[1], bias):
+    as_it_is = not hooks and "forward" not in vars(layer) and _equal(own[0], weight) and _equal(own[1], bias)
+    if as_it_is and (_own(layer) is None or _takes_any_weight(probe)):
         return
     prepares = _own(layer) is not None and _prepares(probe, list(hooks.values()))
     for key in hooks:
@@ -247,6 +246,19 @@ def _make_plain(layer: Any) -> None:
         vars(layer).pop(part, None)
     if not prepares and name != "linear":
         _set_geometry(layer, call)
+
+
+def _takes_any_weight(probe: Any) -> bool:
+    """Whether a layer's forward uses its weight as it is, also a larger one: a BatchNorm may be merged into it."""
+    larger = copy.copy(probe)
+    larger._parameters = {**probe._parameters, "weight": _fixed(100 * probe.weight)}
+    expected = larger.weight.clone()
+    (x, _) = _inputs(larger)
+    try:
+        _, calls, _ = _run(larger, [], x)
+    except Exception:  # it is the user's code
+        return False
+    return len(calls) == 1 and _equal(calls[0][1].get("weight"), expected)
 
 
 def _prepares(probe: Any, hooks: list) -> bool:
