@@ -41,11 +41,11 @@ layer scale 0, so that a part that is forgotten shows.
 - the model is afterwards what it was.
 
 Relevance is compared with an independent figure too. Under LRP-0 with attention weights as constants it
-{"; in ".join(f"{said} in {number}" if not i else f"{number} it {said}" for i, (said, number) in enumerate(oracles.items()))}.
+{"; ".join(f"{said} in {number}" for said, number in oracles.items() if number)}.
 
 ## Complete
 
-{_table(complete)}
+{_tables(complete)}
 
 ## Refused
 
@@ -61,14 +61,22 @@ small = pxp.compact(model, scores.select(0.3), example=images)
 """
 
 
+def _tables(rows: list[dict]) -> str:
+    """One for each library, so that names are short enough for a phone."""
+    parts = []
+    for short, library in LIBRARIES.items():
+        parts += [f"### {library}", _table([row for row in rows if row["network"].startswith(f"{short}/")])]
+    return "\n\n".join(parts)
+
+
 def _table(rows: list[dict]) -> str:
     lines = [
-        f"| Network | Million parameters | {' | '.join(name.capitalize() for name in KINDS.values())} |",
+        f"| Network | Weights (M) | {' | '.join(name.capitalize() for name in KINDS.values())} |",
         f"|---|---:|{'---:|' * len(KINDS)}",
     ]
     for row in rows:
         numbers = " | ".join(f"{row['kinds'][kind]:,}" if kind in row["kinds"] else "" for kind in KINDS)
-        lines.append(f"| {_name(row)} | {row['parameters'] / 1e6:.1f} | {numbers} |")
+        lines.append(f"| `{row['network'].partition('/')[2]}` | {row['parameters'] / 1e6:.1f} | {numbers} |")
     return "\n".join(lines)
 
 
