@@ -6,6 +6,7 @@ a product of two factors gives half of its relevance to each, so g is halved for
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,7 @@ def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     return tensor
 
 
-class AttentionRule(ByValue, Hook):
+class AttentionRule(ByValue, Hook, ABC):
     """Base of the rules of the softmax; placed on an :class:`Attention` by a composite, compared by its values."""
 
     def register(self, module: nn.Module):
@@ -41,9 +42,9 @@ class AttentionRule(ByValue, Hook):
     def copy(self) -> AttentionRule:
         return self
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """softmax(QKᵀ/√d) V with the rule's backward pass; (N, heads, tokens, channels) each."""
-        raise NotImplementedError
 
 
 class _Placed:

@@ -59,7 +59,7 @@ class Attention(nn.Module):
     @property
     def projection(self) -> Any:
         """The output projection, a linear layer or a convolution."""
-        raise NotImplementedError
+        return part_of(self, self.form.proj)
 
     def head_weights(self) -> Tensor:
         """The weights of every head, incoming and outgoing, (heads, weights); shared ones count for each."""
@@ -120,10 +120,6 @@ class _Torch(Attention):
             setattr(self, name, _linear(weight, bias))
         # MultiheadAttention reads its projection's weights but never calls it, so hooks on it must not run
         self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
-
-    @property
-    def projection(self) -> Linear:
-        return self.out_proj
 
     @property
     def in_proj_weight(self) -> Tensor | None:
@@ -191,10 +187,6 @@ class Described(Attention):
 
     def _part(self, name: str | None) -> Any:
         return part_of(self, name)
-
-    @property
-    def projection(self) -> Any:
-        return self._part(self.form.proj)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         form = self.form
