@@ -130,7 +130,10 @@ class Compactor:
         for site, names in (self.sites | heads).items():
             if site not in self.called and site not in self.last.values():
                 module = self.modules[site]
-                why = "lies inside a module that cannot be traced"
+                around = next((name for name in self.called if site.startswith(f"{name}.")), "")
+                why = (
+                    f"lies inside {around!r} ({type(self.modules[around]).__name__}), which is traced as one operation"
+                )
                 if isinstance(module, LAYERS) and not is_layer(module):
                     why = f"({type(module).__name__}) computes with more than its weight"
                 raise ValueError(f"{names[0]!r} {why}, so it cannot be cut")

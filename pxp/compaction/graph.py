@@ -35,6 +35,12 @@ IN_PLACE: dict[Any, Any] = {
 ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "is_sparse", "layout", "requires_grad", "itemsize"}
 QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device"}
 
+# behind an error that is not ours
+OUTSIDE = (
+    "; only operations on tensors can be followed: torch.zeros(x.shape[0], 3) is written x.new_zeros(x.shape[0], 3), "
+    "and what looks at the type of its input (transforms) stays outside of the network"
+)
+
 # For every dimension its size without any input and what each input adds: images are ((0, 1), (3, 0), (32, 0), (32, 0))
 Shape = tuple[tuple[int, int], ...]
 
@@ -81,7 +87,8 @@ def _traced(twin: nn.Module, images: Tensor, layers: tuple[str, ...], defaults: 
         for batch in (images[:1], images):
             watch.run(batch.clone())  # which the model may change
     except Exception as error:
-        raise ValueError(f"{error}{_place(tracer.inside, _line(_frames_of(error)))}") from error
+        why = "" if isinstance(error, ValueError) else OUTSIDE
+        raise ValueError(f"{error}{_place(tracer.inside, _line(_frames_of(error)))}{why}") from error
     for node, (dtype, one, two) in watch.seen.items():
         if len(one) < len(two):  # the dimension of one image was squeezed
             one = (1, *two[1:])

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import drawn, randomise, relative
 from test_compact import difference, others
 from timm.layers import CondConv2d, Conv2dSame, DropPath, LayerNorm2d, StdConv2d, drop_path
@@ -558,6 +559,33 @@ def test_what_cannot_be_traced_is_named(how, why):
     ) as caught:
         pxp.compact(model, half(units, "0.0.conv"), example=X)
     assert line < int(str(caught.value).rpartition(":")[2].strip(")")) <= line + 8
+
+
+class Outside(nn.Module):
+    """Gives what follows from the image to what takes numbers or tensors only."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(3, 4, 3), how
+
+    def forward(self, x):
+        return self.how(self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x: x + torch.zeros(x.shape[0], 1, 1, 1),
+        torchvision.transforms.Normalize([0.5] * 4, [0.5] * 4),
+        lambda x: x + torch.from_numpy(x.detach().numpy()),
+    ],
+    ids=["size", "transform", "numpy"],
+)
+def test_functions_outside_of_torch_are_told_how_to_be_written(how):
+    model = randomise(Outside(how))
+    units = pxp.find_components(model, example=X)
+    with pytest.raises(ValueError, match=r"Outside cannot be traced.*x\.new_zeros\(x\.shape\[0\], 3\)"):
+        pxp.compact(model, half(units, "conv"), example=X)
 
 
 class Misfit(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative
@@ -105,6 +106,40 @@ def test_a_branch_of_a_later_batch_is_seen():
     pxp.attribute(model, (x[:3], labels[:3]), units, LRP0, batch_size=1)
     with pytest.raises(ValueError, match="something else with these images"):
         pxp.attribute(model, (x, labels), units, LRP0, batch_size=1)
+
+
+LEAVING = {
+    "item": lambda h, x: h * h.mean().item(),
+    "tolist": lambda h, x: h + h.mean().tolist(),
+    "numpy": lambda h, x: h * torch.from_numpy(h.detach().numpy()),
+    "a sum of numbers": lambda h, x: h / sum(row.sum().item() for row in x),
+}
+
+
+@pytest.mark.parametrize("how", LEAVING)
+def test_values_that_leave_torch_and_come_back_are_refused(how, untouched):
+    class Leaves(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(LEAVING[how](self.features(x), x))
+
+    model = untouched(Leaves().eval())
+    x, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ValueError, match=r"computes \w+ with numbers read from the images"):
+        pxp.heatmap(model, x, labels, LRP0)
+
+
+def test_numbers_that_only_decide_or_never_change_are_no_such():
+    class Asks(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = float(np.array([0.5]).sum()) if x.max().item() < 1e9 else 2.0
+            return self.head(self.features(x) * scale)
+
+    class Plain(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.features(x) * 0.5)
+
+    x, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(*(pxp.heatmap(net().eval(), x, labels, LRP0) for net in (Asks, Plain)))
 
 
 class Loud(Net):
