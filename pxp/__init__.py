@@ -9,11 +9,13 @@ from .attribute import attribute, attribute_draws, heatmap
 from .bars import progress
 from .budget import latencies, within_budget
 from .compaction.compact import compact, load_compact, save_compact
+from .comparisons import Comparison, Comparisons, compare, compare_all
 from .conservation import Conservation, conservation
 from .cost import Cost, compare_costs, cost
 from .criteria import Activation, Criterion, IntegratedGradients, Magnitude, Random, Taylor
+from .curve import Curve, load_curves, save_curves
 from .data import load_dataset, reference_samples
-from .evaluate import Curve, accuracy, compare, load_curves, pruning_curve, save_curves
+from .evaluate import accuracy, pruning_curve
 from .lrp.composites import LRP, depth_groups
 from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
@@ -27,7 +29,6 @@ from .scores import Scores
 from .search.space import search_space
 from .search.studies import load_study, save_study, tuned_curve, winner
 from .search.tune import tune
-from .statistics import Comparison
 
 __version__ = "0.2.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "AlphaBeta",
     "AttnLRP",
     "Comparison",
+    "Comparisons",
     "Components",
     "Conservation",
     "Cost",
@@ -61,6 +63,7 @@ __all__ = [
     "attribute_draws",
     "compact",
     "compare",
+    "compare_all",
     "compare_costs",
     "conservation",
     "cost",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .cost import Cost
-    from .evaluate import Curve
+    from .curve import Curve
     from .masks import Mask
     from .scores import Scores
 
@@ -71,7 +71,7 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def curves(named: Mapping[str, Curve], ax: Axes | None = None, *, chance: float | None = None) -> Axes:
-    """Accuracy against pruning rate for several criteria, with 95 % bands where there are several runs.
+    """Accuracy against pruning rate for several criteria, with 95 % bands where there are enough draws to tell.
 
     Parameters
     ----------
@@ -90,8 +90,8 @@ def curves(named: Mapping[str, Curve], ax: Axes | None = None, *, chance: float 
     for index, (label, curve) in enumerate(named.items()):
         rates = 100 * np.asarray(curve.rates)
         ax.plot(rates, 100 * curve.accuracy, **style(index), label=f"{label} ({curve.a_pr:.2f})")
-        if len(curve.runs) > 1:
-            low, high = curve.interval()
+        low, high = curve.interval()
+        if not np.isnan(low).any():
             ax.fill_between(rates, 100 * low, 100 * high, color=COLORS[index % len(COLORS)], alpha=0.18, linewidth=0)
     if chance is not None:
         ax.axhline(100 * chance, color="#666666", linewidth=1, linestyle=":")

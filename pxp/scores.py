@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Collection, Mapping
 from numbers import Integral
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .criteria import as_count
 from .files import load_tensors, renewed, save_tensors
 from .masks import ByLayer, Mask
 from .network.components import Components
 from .rates import fraction
+
+SEED = re.compile(r"\bseed=(\d+)")  # in the text of a criterion
 
 
 class Scores(ByLayer):
@@ -66,6 +71,52 @@ class Scores(ByLayer):
                 f"scores by {criterion or 'this criterion'} are NaN or infinite in layers {', '.join(broken)}; "
                 "the numbers overflowed: use float32 or float64, or another rule"
             )
+
+    @property
+    def draw(self) -> str:
+        """What this ranking owes to chance: a hash of its references, and the seeds that its criterion names.
+
+        ``""`` where chance has no part, as in the magnitude of weights. Rankings with the same references can be
+        compared in pairs, see :func:`pxp.compare`.
+        """
+        marks = " ".join(sorted(self.references)).encode()
+        seen = hashlib.blake2b(marks, digest_size=6).hexdigest() if marks else "unknown" if self.samples else ""
+        return "|".join([seen, *SEED.findall(self.criterion)])
+
+    def shuffled(self, seed: int = 0) -> Scores:
+        """The control: the same scores, but each layer's permuted among its components.
+
+        What is selected by them prunes, under the same settings, exactly as many components of each layer, but others.
+        So it tells how much of a criterion's success is *where* it prunes and how much is *which* components (compare
+        the random tickets of Su et al. 2020, arXiv:2009.11094, and the sanity checks of Frankle et al. 2021,
+        arXiv:2009.08576).
+
+        Parameters
+        ----------
+        seed : int, default 0
+
+        Returns
+        -------
+        Scores
+
+        Raises
+        ------
+        ValueError
+            A seed that is no whole number.
+        """
+        generator = torch.Generator().manual_seed(as_count("seed", seed, least=0))
+        order = {name: torch.randperm(len(values), generator=generator) for name, values in self.items()}
+        made = Scores(
+            self.units,
+            {name: values[order[name]] for name, values in self.items()},
+            {name: values[order[name]] for name, values in self.signed.items()},
+            criterion=f"{self.criterion}, shuffled(seed={seed})",
+            samples=self.samples,
+            has_sign=self.has_sign,
+            references=self.references,
+            tuned_on=self.tuned_on,
+        )
+        return made
 
     def select(
         self,

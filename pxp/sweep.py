@@ -7,6 +7,7 @@ output for every mask, in which no value is computed twice.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .batches import BATCH_SIZE, Data, batches, check_classes, distinct
+from .batches import BATCH_SIZE, Data, batches, check_classes, distinct, fingerprints
 from .compaction.compact import Blueprint
 from .masks import Mask, masked
 from .network.attention import Attention
@@ -50,10 +51,15 @@ class Sweep:
         self._blueprint: Blueprint | None = None
         self._can_cut = True
         self._lock = Lock()  # tuning may run in threads; only the private copy of the model is ever changed
-        self._known: dict[tuple, float] = {}
+        self._known: dict[tuple, Tensor] = {}
+        self.marks: set[str] = set()  # of the images, in their order: several if a loader shuffles them
 
     def accuracies(self, masks: Sequence[Mask], progress: Callable[[int], object] | None = None) -> list[float]:
-        """Accuracy under each mask.
+        """Accuracy under each mask, in their order; as :meth:`hits`."""
+        return self.hits(masks, progress).double().mean(1).tolist()
+
+    def hits(self, masks: Sequence[Mask], progress: Callable[[int], object] | None = None) -> Tensor:
+        """Which images are classified correctly under each mask.
 
         Parameters
         ----------
@@ -63,8 +69,8 @@ class Sweep:
 
         Returns
         -------
-        list of float
-            In the order of ``masks``.
+        Tensor
+            bool, (masks, images), in the order of ``masks``.
 
         Raises
         ------
@@ -73,12 +79,13 @@ class Sweep:
         """
         keys = [tuple((name, kept.numpy().tobytes()) for name, kept in mask.items()) for mask in masks]
         new = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self._known}
-        found: list[float] = []
+        found: list[Tensor] = []
         for run in self._networks(list(new.values())):
-            right = correct(self.model, run, self.data, self.classes, self.batch_size, progress)
-            found += right.double().mean(1).tolist()
+            mark = hashlib.blake2b(digest_size=8)
+            found += correct(self.model, run, self.data, self.classes, self.batch_size, progress, mark)
+            self.marks.add(mark.hexdigest())
         self._known |= zip(new, found, strict=True)
-        return [self._known[key] for key in keys]
+        return torch.stack([self._known[key] for key in keys]) if keys else torch.zeros(0, 0, dtype=torch.bool)
 
     def _networks(self, masks: list[Mask]) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
         """Functions that together give the logits under all masks, in their order."""
@@ -272,6 +279,7 @@ def correct(
     classes: Sequence[int] | None,
     batch_size: int,
     progress: Callable[[int], object] | None = None,
+    mark: Any = None,
 ) -> Tensor:
     """Which samples several networks classify correctly.
 
@@ -285,6 +293,8 @@ def correct(
         As for :func:`pxp.accuracy`, whose errors these are.
     progress : callable, optional
         Told after every batch for how many images, counted once per network, that is done.
+    mark : hash of :mod:`hashlib`, optional
+        Updated with every batch's images and labels.
 
     Returns
     -------
@@ -305,6 +315,8 @@ def correct(
             labels = (labels[:, None] == wanted).int().argmax(1)
         if len(labels) == 0:
             continue
+        if mark is not None:
+            mark.update(f"{fingerprints(images)} {labels.tolist()}".encode())
         rows = []
         for output in run(images if reference is None else images.to(reference)):
             logits = logits_of(output)

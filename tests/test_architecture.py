@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pxp"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE)
 LINES = 450
 FLOORS = 10
-CIRCLES = [{"pxp.evaluate", "pxp.plots"}]  # a curve can draw itself
+CIRCLES = [{"pxp.curve", "pxp.plots"}]  # a curve can draw itself
 
 Graph = Mapping[str, set[str]]
 
@@ -87,7 +87,7 @@ def test_a_module_is_read_in_one_sitting(path):
 def test_imports_only_go_down():
     found = graph()
     assert found["pxp.masks"] >= {"pxp.files", "pxp.network.silence", "pxp.network.components"}
-    assert "pxp.network.layers" in found["pxp.compaction.follow"] and "pxp.plots" in found["pxp.evaluate"]
+    assert "pxp.network.layers" in found["pxp.compaction.follow"] and "pxp.plots" in found["pxp.curve"]
     assert circles(found) == CIRCLES
     assert circles(rooms(found)) == CIRCLES
 

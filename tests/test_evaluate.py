@@ -184,9 +184,10 @@ def test_top_pr_stops_at_the_first_fall():
 def test_a_curve_that_starts_later_says_so():
     late = pxp.Curve((0.3, 0.6, 0.9), ((0.8, 0.77, 0.1),), "LRP")
     assert repr(late) == "Curve(LRP, 1 run: A_PR 0.557 from 30% on, Top-PR 60%, relative to 0.800 at 30%)"
-    two = pxp.Curve((0.3,), ((0.8,), (0.8,)))
-    assert repr(two) == (
-        "Curve(unnamed, 2 runs: A_PR 0.800 [0.800, 0.800] from 30% on, Top-PR 30%, relative to 0.800 at 30%)"
+    three = pxp.Curve((0.3,), ((0.8,), (0.8,), (0.8,)))
+    assert repr(three) == (
+        "Curve(unnamed, 3 runs: A_PR 0.800 [0.800, 0.800] from 30% on, Top-PR 30%, relative to 0.800 at 30%; "
+        "below 10 draws the interval may be too short)"
     )
     assert "from" not in repr(CURVE) and "unpruned 0.900" in repr(CURVE)
 
@@ -196,7 +197,7 @@ def test_curve_file_and_repr(tmp_path):
     CURVE.save(path)
     assert pxp.Curve.load(path) == CURVE
     assert json.loads(path.read_text())["criterion"] == "LRP"
-    assert repr(CURVE).startswith("Curve(LRP, 2 runs: A_PR 0.693 [") and "Top-PR 25%, unpruned 0.900)" in repr(CURVE)
+    assert repr(CURVE) == ("Curve(LRP, 2 runs: A_PR 0.693, Top-PR 25%, unpruned 0.900; no interval below 3 draws)")
     for text in ("{", "[]", '{"rates": [0]}', '{"rates": [0], "runs": 3, "criterion": "", "settings": {}}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"curve\.json is no curve written by pxp"):

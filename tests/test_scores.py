@@ -148,3 +148,34 @@ def test_mappings(scores):
     with pytest.raises(KeyError, match="no layer 'c'; there are a, b"):
         scores["c"]
     assert np.isclose(scores["a"].sum(), 3.6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LAYERS, OPTIONS, st.floats(0, 1), st.integers(0, 5), st.booleans())
+def test_shuffled_scores_prune_as_many_of_each_layer(layers, options, rate, seed, costly):
+    signed = {f"layer{i}": values for i, values in enumerate(layers)}
+    scores = made({name: [abs(v) for v in values] for name, values in signed.items()}, signed)
+    if costly:
+        options = options | {"cost": {name: 1.0 + i % 3 for i, name in enumerate(scores)}}
+    control = scores.shuffled(seed)
+    for name in scores:
+        pairs = [sorted(zip(s[name].tolist(), s.signed[name].tolist(), strict=True)) for s in (scores, control)]
+        assert pairs[0] == pairs[1]
+    counts = [[int(kept.sum()) for kept in s.select(rate, **options).values()] for s in (scores, control)]
+    assert counts[0] == counts[1]
+
+
+def test_shuffled_scores_are_others_and_say_so(tmp_path):
+    values = {"a": [float(i) for i in range(50)], "b": [100.0 + i for i in range(50)]}
+    scores = made(values)
+    control = scores.shuffled(3)
+    assert pruned(control.select(0.2)) != pruned(scores.select(0.2))
+    assert all(torch.equal(control[name], scores.shuffled(3)[name]) for name in scores)
+    assert not torch.equal(control["a"], scores.shuffled(4)["a"]) and not torch.equal(control["a"], scores["a"])
+    assert torch.equal(control["a"] + 100, control["b"]) is False  # each layer by a permutation of its own
+    assert control.criterion == "by hand, shuffled(seed=3)" and control.samples == scores.samples
+    assert (scores.draw, control.draw, control.shuffled(5).draw) == ("unknown", "unknown|3", "unknown|3|5")
+    control.save(tmp_path / "control.safetensors")
+    assert pxp.Scores.load(tmp_path / "control.safetensors").draw == control.draw
+    with pytest.raises(ValueError, match="seed must be a whole number of at least 0, got -1"):
+        scores.shuffled(-1)

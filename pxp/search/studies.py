@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..attribute import attribute
 from ..batches import BATCH_SIZE, Data, fingerprints, refuse_shared, whole
 from ..criteria import Criterion
+from ..curve import Curve
 from ..data import shipped_file
-from ..evaluate import Curve, pruning_curve
+from ..evaluate import pruning_curve
 from ..files import FORMAT, Newer, check_format
 from ..network.components import Components
 from .space import as_criterion, renewed
