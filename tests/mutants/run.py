@@ -16,7 +16,7 @@ from pathlib import Path
 from .faults import FAULTS, Fault
 
 TESTS = Path(__file__).resolve().parent.parent
-PACKAGE = TESTS.parent / "pxp"
+PACKAGE, RECIPES = TESTS.parent / "pxp", TESTS.parent / "recipes"
 RED = 1  # pytest's exit code where tests have failed; others mean that none has run
 
 
@@ -33,7 +33,8 @@ def outcome(tests: str, fault: Fault | None = None) -> subprocess.CompletedProce
     """Run tests on a copy with a fault, or with none, until the first that fails."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "pxp"
-        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        for source in (PACKAGE, RECIPES):
+            shutil.copytree(source, Path(folder) / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         if fault is not None:
             apply(fault, package)
         environment = {
