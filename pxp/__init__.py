@@ -25,6 +25,7 @@ from .network.attentions import register_attention
 from .network.components import Components, find_components
 from .network.layers import register_layer
 from .recover import finetune, prune_gradually
+from .repair import repair
 from .scores import Scores
 from .search.space import search_space
 from .search.studies import load_study, save_study, tuned_curve, winner
@@ -87,6 +88,7 @@ __all__ = [
     "reference_samples",
     "register_attention",
     "register_layer",
+    "repair",
     "save_compact",
     "save_curves",
     "save_study",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bars import bar
 from .batches import BATCH_SIZE, Data, batches, distinct, fingerprints, refuse_shared
@@ -14,6 +14,7 @@ from .budget import latencies
 from .curve import Curve
 from .models import trained_on
 from .rates import RATES, as_rates
+from .repair import as_repair
 from .scores import Scores
 from .sweep import Sweep, hits
 
@@ -67,11 +68,12 @@ def pruning_curve(
     scope: str = "global",
     min_keep: int = 0,
     cost: str | Mapping[str, float] | None = None,
+    repair: tuple[str, Data | Tensor] | None = None,
     allow_shared: bool = False,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Curve:
-    """Prune more and more and measure the accuracy, without retraining.
+    """Prune more and more, each time the whole network, and measure the accuracy, without retraining.
 
     Parameters
     ----------
@@ -87,6 +89,9 @@ def pruning_curve(
         See :func:`accuracy`.
     by, order, scope, min_keep, cost
         See :meth:`pxp.Scores.select`; ``cost="latency"`` is measured by :func:`pxp.latencies`.
+    repair : (method, images), optional
+        Measure the networks that :func:`pxp.repair` makes of each mask with these images, which must not be those to
+        report on: ``("statistics", images)``. Takes the time of a repair for every mask.
     allow_shared : bool, default False
         Report on images that were used before. Otherwise they are refused, if they are more than 1 % of the smaller of
         two sets: the references of a Scores; what its criterion was tuned on, if it is :func:`pxp.winner`'s; and what a
@@ -110,14 +115,19 @@ def pruning_curve(
     """
     several = [scores] if isinstance(scores, Scores) else list(scores)
     rates = as_rates(rates)
+    mended = as_repair(repair)
     if not several or not rates:
         raise ValueError("a pruning curve needs at least one Scores and one rate")
     settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
     price = latencies(model, several[0].units) if cost == "latency" else cost
     masks = [[one.select(rate, **{**settings, "cost": price}) for rate in rates] for one in several]  # type: ignore
     if not allow_shared:
-        _refuse_seen(model, several, data, classes, batch_size)
-    sweep = Sweep(model, data, classes=classes, batch_size=batch_size)  # runs share the unpruned network, and more
+        _refuse_seen(model, several, data, classes, batch_size, mended)
+    if mended is not None:
+        settings["repair"] = f"{mended[0]}, {len(mended[1])} images"
+    sweep = Sweep(
+        model, data, classes=classes, batch_size=batch_size, mended=mended
+    )  # runs share the unpruned network, and more
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
         right = torch.stack([sweep.hits(row, ahead.update) for row in masks]).numpy()
     about: dict = {"criterion": several[0].criterion, "settings": settings, "draws": tuple(one.draw for one in several)}
@@ -128,12 +138,18 @@ def pruning_curve(
 
 
 def _refuse_seen(
-    model: nn.Module, several: Sequence[Scores], data: Data, classes: Sequence[int] | None, batch_size: int
+    model: nn.Module,
+    several: Sequence[Scores],
+    data: Data,
+    classes: Sequence[int] | None,
+    batch_size: int,
+    mended: tuple[str, Tensor] | None,
 ) -> None:
     """Raise a ValueError if the images to report on were used before, see ``allow_shared`` of :func:`pruning_curve`."""
     used: list[tuple[Collection[str], str]] = [(scores.references, "as references") for scores in several]
     used += [(scores.tuned_on, "for tuning") for scores in several]
     used += [(trained_on(model), "to train this network")]
+    used += [] if mended is None else [(fingerprints(mended[1]), "for the repair")]
     if not any(seen for seen, _ in used):
         return
     marks: set[str] = set()

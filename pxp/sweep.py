@@ -28,6 +28,7 @@ from .network.layers import Identity, for_weight
 from .network.outputs import logits_of, tensors
 from .network.replica import check_values, evaluating, replica
 from .network.silence import without_heads
+from .repair import repair
 
 logger = logging.getLogger(__name__)
 ROOM = 2**30  # bytes of weights; a merged network that has more takes no further mask
@@ -42,11 +43,20 @@ class Sweep:
         Left as it is.
     data, classes, batch_size
         As for :func:`pxp.accuracy`.
+    mended : (str, Tensor), optional
+        Method and images: measure the networks that :func:`pxp.repair` makes.
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, batch_size: int = BATCH_SIZE
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        classes: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        mended: tuple[str, Tensor] | None = None,
     ) -> None:
+        self.mended = mended
         self.model, self.data, self.classes, self.batch_size = model, data, classes, batch_size
         self._blueprint: Blueprint | None = None
         self._can_cut = True
@@ -89,6 +99,11 @@ class Sweep:
 
     def _networks(self, masks: list[Mask]) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
         """Functions that together give the logits under all masks, in their order."""
+        if self.mended is not None:  # each has weights of its own
+            method, images = self.mended
+            for mask in masks:
+                yield _alone(repair(self.model, mask, images, method, batch_size=self.batch_size, progress=False))
+            return
         few = self._few() if masks else None
         while masks:
             number, network = self._merged(masks)

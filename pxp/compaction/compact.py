@@ -67,20 +67,32 @@ def compact(model: nn.Module, mask: Mask, *, example: Tensor | None = None) -> f
         raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
     blueprint = Blueprint(model, mask.units, example)
     with torch.inference_mode(False), torch.no_grad():
-        small = blueprint.network(mask)
-        trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        for inside, module in small.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                learns = _learns(f"{inside}.{name}".lstrip("."), trainable)
-                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=learns))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.detach().clone())
-        try:
-            output = small.forward(blueprint.noise)  # the call itself would print where the error is
-        except Exception as error:
-            reason = f"has a structure that compaction does not understand: {error}{_where(small, blueprint.noise)}"
-            raise ValueError(f"{type(model).__name__} {reason}") from error
+        return finished(model, blueprint, mask, blueprint.network(mask))
+
+
+def finished(
+    model: nn.Module, blueprint: Blueprint, mask: Mask, small: fx.GraphModule, twin: nn.Module | None = None
+) -> fx.GraphModule:
+    """A network that a blueprint has cut, with memory of its own, compared with what it was cut from.
+
+    That is the blueprint's model under the mask, or a ``twin`` into whose weights the mask is written.
+    """
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for inside, module in small.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            learns = _learns(f"{inside}.{name}".lstrip("."), trainable)
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=learns))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.detach().clone())
+    try:
+        output = small.forward(blueprint.noise)  # the call itself would print where the error is
+    except Exception as error:
+        reason = f"has a structure that compaction does not understand: {error}{_where(small, blueprint.noise)}"
+        raise ValueError(f"{type(model).__name__} {reason}") from error
+    if twin is None:
         blueprint.check([mask], (output,))
+    else:
+        blueprint.same(output, twin(blueprint.noise.clone()))
     example_shape = list(blueprint.images.shape)
     small.meta["pxp"] = {"mask": mask, "model": getattr(model, "pxp_name", None), "example": example_shape}
     return small
@@ -131,14 +143,17 @@ class Blueprint:
                     f"{type(model).__name__} cannot be traced, so it cannot be made smaller: {error}"
                 ) from error
 
-    def cut(self, mask: Mask) -> tuple[dict[str, Any], fx.Graph]:
-        """The parts (name → module or tensor) and the graph of the smaller network; parts may be the model's own."""
-        with torch.inference_mode(False), torch.no_grad():
-            return Compactor(self.twin, self.graph, mask).run()
+    def cut(self, mask: Mask, twin: nn.Module | None = None) -> tuple[dict[str, Any], fx.Graph]:
+        """The parts (name → module or tensor) and the graph of the smaller network; parts may be the model's own.
 
-    def network(self, mask: Mask) -> fx.GraphModule:
+        They are cut from a replica of the model, or from a ``twin`` of it with other weights.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return Compactor(self.twin if twin is None else twin, self.graph, mask).run()
+
+    def network(self, mask: Mask, twin: nn.Module | None = None) -> fx.GraphModule:
         """The smaller network, not yet compared with the masked model; may share memory with the model."""
-        made = fx.GraphModule(*self.cut(mask), class_name=type(self.model).__name__).eval()
+        made = fx.GraphModule(*self.cut(mask, twin), class_name=type(self.model).__name__).eval()
         made.graph.eliminate_dead_code()
         made.graph.lint()
         made.delete_all_unused_submodules()
@@ -147,14 +162,18 @@ class Blueprint:
 
     def check(self, masks: Sequence[Mask], found: Sequence[Any]) -> None:
         """Compare outputs for ``noise`` with the masked model's: a structure that was misread must not go unnoticed."""
-        tolerance = 1e-2 if self.noise.dtype in (torch.float16, torch.bfloat16) else 1e-4
         for mask, output in zip(masks, found, strict=True):
             with masked(self.model, mask), evaluating(self.model), torch.no_grad():
-                expected = list(tensors(self.model(self.noise.clone())))
-            pairs = list(zip(tensors(output), expected, strict=False))
-            same = len(pairs) == len(expected) > 0 and all(a.shape == b.shape for a, b in pairs)
-            if not same or not all(_distance(a, b) <= tolerance for a, b in pairs):  # also NaN
-                raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
+                self.same(output, self.model(self.noise.clone()))
+
+    def same(self, output: Any, expected: Any) -> None:
+        """Raise ValueError unless the two outputs for ``noise`` are equal."""
+        tolerance = 1e-2 if self.noise.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        wanted = list(tensors(expected))
+        pairs = list(zip(tensors(output), wanted, strict=False))
+        same = len(pairs) == len(wanted) > 0 and all(a.shape == b.shape for a, b in pairs)
+        if not same or not all(_distance(a, b) <= tolerance for a, b in pairs):  # also NaN
+            raise ValueError(f"{type(self.model).__name__} has a structure that compaction does not understand")
 
 
 def _learns(name: str, trainable: dict[str, bool]) -> bool:

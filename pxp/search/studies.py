@@ -75,6 +75,7 @@ def tuned_curve(
     *,
     space: Callable | None = None,
     trial: int | None = None,
+    repair: tuple[str, Data | Tensor] | None = None,
     allow_shared: bool = False,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
@@ -91,7 +92,7 @@ def tuned_curve(
         Several give the curve its interval.
     data : (images, labels), Dataset or DataLoader
         The images to report on.
-    allow_shared : bool, default False
+    repair, allow_shared
         As for :func:`pxp.pruning_curve`.
 
     Returns
@@ -116,7 +117,7 @@ def tuned_curve(
     scores = [attribute(model, each, units, criterion, progress=progress) for each in several]
     return pruning_curve(
         model, scores, images, rates=about["rates"], classes=about["classes"], allow_shared=allow_shared,
-        batch_size=batch_size, progress=progress, **options,
+        repair=repair, batch_size=batch_size, progress=progress, **options,
     )  # fmt: skip
 
 

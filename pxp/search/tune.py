@@ -20,7 +20,7 @@ from zennit.core import Composite
 
 from ..attribute import attribute
 from ..bars import bar
-from ..batches import BATCH_SIZE, Data, fingerprints, shared, whole
+from ..batches import BATCH_SIZE, Data, fingerprints, refuse_shared, shared, whole
 from ..budget import Budget, latencies
 from ..criteria import Criterion
 from ..files import FORMAT, check_format
@@ -29,6 +29,7 @@ from ..lrp.composites import LRP
 from ..masks import Mask
 from ..network.components import Components
 from ..rates import RATES, as_rates
+from ..repair import as_repair
 from ..scores import Scores
 from ..sweep import Sweep
 from .space import SearchSpace, as_criterion, search_space
@@ -104,10 +105,11 @@ class _Trials:
         fixed: Mapping[str, Any],
         classes: Sequence[int] | None,
         batch_size: int,
+        mended: tuple[str, Tensor] | None,
     ) -> None:
         self.model, self.refs, self.units, self.space = model, refs, units, space
         self.objectives, self.rates, self.fixed = list(objectives), tuple(rates), dict(fixed)
-        self.sweep = Sweep(model, data, classes=classes, batch_size=batch_size)
+        self.sweep = Sweep(model, data, classes=classes, batch_size=batch_size, mended=mended)
         self.batch = data[0][:batch_size]
         self.measured = sorted({rate for objective in objectives for rate in objective.rates(rates)})
         self._scores: dict[str, Scores] = {}
@@ -224,6 +226,7 @@ def tune(
     classes: Sequence[int] | None = None,
     min_keep: int = 0,
     scope: str = "global",
+    repair: tuple[str, Data | Tensor] | None = None,
     sampler: str | optuna.samplers.BaseSampler | None = None,
     pruner: optuna.pruners.BasePruner | None = None,
     storage: str | Path | optuna.storages.BaseStorage | None = None,
@@ -263,6 +266,9 @@ def tune(
         As for :func:`pxp.pruning_curve`.
     min_keep, scope
         As for :meth:`pxp.Scores.select`, in every trial whose setting does not say otherwise.
+    repair : (method, images), optional
+        As for :func:`pxp.pruning_curve`: the objective is that of the repaired networks. ``"statistics"`` takes a pass
+        over the images for every mask, ``"least_squares"`` some twenty times as long.
     sampler : {"tpe", "gp", "random", "grid"} or Optuna sampler, optional
         ``"tpe"`` (the default); ``"gp"``, a Gaussian process as in the paper; ``"grid"``, every setting of a finite
         space once.
@@ -314,6 +320,9 @@ def tune(
     seen = shared(fingerprints(references[0]), marks)
     if seen:
         raise ValueError(f"{seen} reference images are also tuning images; draw the two from different splits")
+    mended = as_repair(repair)
+    if mended is not None:
+        refuse_shared(marks, fingerprints(mended[1]), "for the repair")
     about = {
         "format": FORMAT,
         "objective": [objective] if isinstance(objective, str) else list(objective),
@@ -325,9 +334,10 @@ def tune(
         "references": identity(sorted(zip(fingerprints(references[0]), references[1].tolist(), strict=True))),
         "selection": {"min_keep": min_keep, "scope": scope},
         "images": sorted(marks),
+        "repair": None if mended is None else [mended[0], identity(sorted(fingerprints(mended[1])))],
     }
     fixed = {"min_keep": min_keep, "scope": scope}
-    run = _Trials(model, references, units, images, space, objectives, rates, fixed, classes, batch_size)
+    run = _Trials(model, references, units, images, space, objectives, rates, fixed, classes, batch_size, mended)
     # what is wrong with the arguments is an error here, not in every trial
     highest = int(references[1].argmax())
     attribute(model, tuple(part[highest : highest + 1] for part in references), units, LRP(), progress=False)  # type: ignore[arg-type]
@@ -349,7 +359,7 @@ def tune(
         check_format((known or about).get("format"), f"study {study.study_name!r}")
         if known is None:
             study.set_user_attr("pxp", about)
-        elif differ := [name for name in about if name in known and known[name] != about[name]]:
+        elif differ := [name for name in about if name in (*known, "repair") and known.get(name) != about[name]]:
             raise ValueError(
                 f"study {study.study_name!r} exists with other {', '.join(differ)}; use another study_name"
             )

@@ -1,0 +1,292 @@
+"""Repair without labels, against closed forms by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import drawn, randomise
+from timm.layers import SwiGLU
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vits import lively
+
+import pxp
+from pxp.repair import METHODS, RIDGE
+
+X = torch.rand(40, 3, 12, 12, dtype=torch.float64)
+
+
+def convolutional(**options) -> nn.Module:
+    return randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, **options), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+        )
+    )  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.short, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.head((self.norm(self.second(x)) + self.short(x)).relu().mean((2, 3)))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mlp, self.head = nn.Conv2d(3, 8, 4, 4), SwiGLU(8, 12), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.mlp(tokens)).mean(1))
+
+
+NETS = {
+    "convolutional": (lambda: convolutional(stride=2, padding=1), "filter"),
+    "dilated": (lambda: convolutional(dilation=2, padding=(2, 0)), "filter"),
+    "grouped": (lambda: convolutional(groups=4), "filter"),
+    "padded by reflection": (lambda: convolutional(padding=1, padding_mode="reflect"), "filter"),
+    "padded to the same": (lambda: convolutional(padding="same"), "filter"),
+    "residual": (lambda: randomise(Residual()), "filter"),
+    "gated": (lambda: randomise(Gated()), "neuron"),
+    "neurons": (
+        lambda: lively(timm.create_model("vit_tiny_patch16_224", img_size=12, patch_size=4, num_classes=5, depth=2)),
+        "neuron",
+    ),
+    "heads": (
+        lambda: lively(timm.create_model("vit_tiny_patch16_224", img_size=12, patch_size=4, num_classes=5, depth=2)),
+        "head",
+    ),
+}
+
+
+def network(name: str) -> tuple[nn.Module, pxp.Mask]:
+    make, kind = NETS[name]
+    model = make().double().eval()
+    units = pxp.find_components(model, kind, example=X[:1])
+    return model, drawn(units, 0.4)
+
+
+def lack(model: nn.Module, small: nn.Module, x: Tensor = X) -> float:
+    with torch.no_grad():
+        return float((model(x) - small(x)).square().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETS)
+def test_nothing_pruned_is_nothing_repaired(name, method, untouched):
+    model = untouched(network(name)[0])
+    units = pxp.find_components(model, NETS[name][1], example=X[:1])
+    has_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    if method == "statistics":
+        if not has_norm:
+            with pytest.raises(ValueError, match="no BatchNorm with statistics; use method='least_squares'"):
+                pxp.repair(model, pxp.Mask.all(units), X, method)
+        return  # statistics on these images are others than those of training
+    small = pxp.repair(model, pxp.Mask.all(units), X, method)
+    assert lack(model, small) < 1e-24
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_outputs_come_closer_to_what_they_were(name, untouched):
+    model, mask = network(name)
+    untouched(model)
+    cut, mended = pxp.compact(model, mask, example=X[:1]), pxp.repair(model, mask, X, "least_squares", batch_size=7)
+    again = pxp.repair(model, mask, X, "least_squares", batch_size=40)
+    assert lack(model, mended) < 0.8 * lack(model, cut)
+    assert lack(mended, again) < 1e-18  # however the images are dealt out
+    assert lack(model, mended, X.flip(0)[:9]) < lack(model, cut, X.flip(0)[:9])
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (cut, mended)]
+    assert sizes[0] == sizes[1] and [n for n, _ in cut.named_parameters()] == [n for n, _ in mended.named_parameters()]
+
+
+def test_a_linear_layer_by_hand():
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 4)))
+    x = torch.rand(50, 3, 4, 4, dtype=torch.float64)
+    units = pxp.find_components(model, "neuron", example=x)
+    kept = torch.tensor([True, False, True, True, False, True])
+    small = pxp.repair(model, pxp.Mask(units, {"1": kept}), x, "least_squares")
+    with torch.no_grad():
+        hidden, wanted = model[:3](x)[:, kept].numpy(), model(x).numpy()
+    old, bias = model[3].weight.detach().numpy()[:, kept.numpy()], model[3].bias.detach().numpy()
+    # minimise |wanted − h W − b|² + λ |W − old|² over W and b: as rows of one system
+    centred = hidden - hidden.mean(0)
+    full = model[:3](x).detach().numpy()
+    mean_square = np.mean(np.where(kept.numpy(), ((full - full.mean(0)) ** 2).sum(0), 0))  # pruned inputs are zeros
+    penalty = np.sqrt(RIDGE * mean_square)
+    rest = wanted - hidden @ old.T - bias
+    rows = np.vstack([centred, penalty * np.eye(4)])
+    change, *_ = np.linalg.lstsq(rows, np.vstack([rest - rest.mean(0), np.zeros((4, 4))]), rcond=None)
+    shift = rest.mean(0) - hidden.mean(0) @ change
+    np.testing.assert_allclose(small.get_submodule("3").weight.detach().numpy(), old + change.T, atol=1e-10)
+    np.testing.assert_allclose(small.get_submodule("3").bias.detach().numpy(), bias + shift, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "dilated", "grouped", "padded by reflection", "padded to the same"])
+def test_a_convolution_by_hand(name):
+    """The normal equations of the second convolution, by automatic differentiation instead of patches."""
+    model = network(name)[0]
+    units = pxp.find_components(model, example=X[:1])
+    kept = {"0": torch.tensor([True, False, True, True, True, False, True, True]), "3": torch.ones(8, dtype=torch.bool)}
+    small = pxp.repair(model, pxp.Mask(units, kept), X, "least_squares")
+    with torch.no_grad():
+        before = model[:3](X)
+        wanted = model[3](before)
+        x = before * kept["0"][:, None, None]
+    layer = model[3]
+    unknown = torch.zeros(layer.weight.numel() + 8, dtype=torch.float64)
+
+    def output(change: Tensor) -> Tensor:
+        weight, bias = change[:-8].view_as(layer.weight), change[-8:]
+        parameters = {"weight": layer.weight.detach() + weight, "bias": layer.bias.detach() + bias}
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    jacobian = torch.func.jacfwd(output)(unknown).flatten(0, -2)  # the model is linear in what is looked for
+    rest = (wanted - output(unknown)).flatten()
+    gram = jacobian.T @ jacobian
+    # the ridge of every group: RIDGE times the mean variance of its inputs, over the places of one output
+    places = wanted[:, 0].numel()
+    per_output = layer.weight[0].numel()
+    first = gram[: layer.weight.numel(), : layer.weight.numel()]
+    sums = (jacobian[:, : layer.weight.numel()].T @ jacobian[:, -8:]).sum(1)
+    variance = (first.diagonal() - sums**2 / places).view(layer.groups, -1, per_output)
+    ridge = RIDGE * variance[:, 0].mean(1)
+    penalty = torch.cat([ridge.repeat_interleave(layer.weight.numel() // layer.groups), torch.zeros(8)])
+    change = torch.linalg.solve(gram + torch.diag(penalty), jacobian.T @ rest)
+    expected = nn.Sequential(nn.ReLU(), *model[5:])
+    with torch.no_grad():
+        torch.testing.assert_close(small.get_submodule("3").bias, layer.bias + change[-8:], rtol=0, atol=1e-8)
+        first_head = expected(output(change))
+    # the linear layer reads what is whole again, so it stays as it is
+    torch.testing.assert_close(small(X), first_head, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "residual", "gated", "neurons", "heads"])
+def test_the_mean_is_what_it_was(name):
+    model, mask = network(name)
+    small = pxp.repair(model, mask, X, "mean")
+    layers = {n: m for n, m in small.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    for n, layer in layers.items():
+        assert layer.weight.abs().sum() > 0, n
+    cut = pxp.compact(model, mask, example=X[:1])
+    with torch.no_grad():
+        weights = [(a, b) for a, b in zip(cut.parameters(), small.parameters(), strict=True) if a.ndim > 1]
+        assert all(torch.equal(a, b) for a, b in weights)  # biases only
+    if name == "convolutional":  # the last layer reads what the second convolution has lost
+        difference = (model(X) - small(X)).mean(0)
+        assert difference.abs().max() < 1e-12
+
+
+def test_statistics_are_those_of_the_masked_network():
+    model = convolutional()
+    units = pxp.find_components(model, example=X[:1])
+    kept = {"0": torch.arange(8) % 3 > 0, "3": torch.arange(8) % 4 > 0}
+    small = pxp.repair(model, pxp.Mask(units, kept), X, "statistics")
+    with torch.no_grad():
+        raw = F.conv2d(X, model[0].weight, padding=1)
+        norm = model[1]
+        x = F.batch_norm(raw, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        mean, variance = raw.mean((0, 2, 3)), raw.var((0, 2, 3))  # torch keeps the unbiased one
+        x = (raw - mean[:, None, None]) / (variance[:, None, None] + norm.eps).sqrt()
+        x = (x * norm.weight[:, None, None] + norm.bias[:, None, None]).relu() * kept["0"][:, None, None]
+        expected = model[4:](model[3](x) * kept["3"][:, None, None])
+    torch.testing.assert_close(small(X), expected)
+
+
+def test_labels_are_not_looked_at():
+    model, mask = network("convolutional")
+    pair = (X, torch.randint(0, 5, (40,)))
+    for given in (pair, torch.utils.data.TensorDataset(*pair)):
+        for method in METHODS:
+            assert lack(pxp.repair(model, mask, X, method), pxp.repair(model, mask, given, method)) == 0
+
+
+def test_what_cannot_be_repaired_is_refused(untouched):
+    model, mask = network("convolutional")
+    untouched(model)
+    with pytest.raises(ValueError, match="method must be one of 'mean', 'statistics', 'least_squares', got 'most'"):
+        pxp.repair(model, mask, X, "most")
+    with pytest.raises(ValueError, match="non-empty batch"):
+        pxp.repair(model, mask, X[:0])
+    with pytest.raises(ValueError, match="NaN"):
+        pxp.repair(model, mask, X * torch.nan)
+    with pytest.raises(TypeError, match=r"mask must be a pxp\.Mask, got dict"):
+        pxp.repair(model, dict(mask), X)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rate"), [("vgg", "filter", 0.4), ("vit", "head", 0.75), ("vit", "neuron", 0.95)]
+)
+def test_shipped_networks_are_better_repaired(name, kind, rate, tmp_path):
+    model, data = pxp.load_model(name), pxp.load_dataset()
+    units = pxp.find_components(model, kind)
+    refs = pxp.reference_samples(data.reference, per_class=5)
+    images, labels = pxp.reference_samples(data.reference, per_class=15, seed=1)
+    mask = pxp.attribute(model, refs, units, pxp.LRP("epsilon")).select(rate)
+    cut, mended = pxp.compact(model, mask), pxp.repair(model, mask, images, "least_squares")
+    unseen = pxp.reference_samples(data.tune, per_class=20)
+    for given in ((images, labels), unseen):  # never worse on its own images, and better on others
+        assert pxp.accuracy(mended, given) > pxp.accuracy(cut, given) + 0.03
+    pxp.save_compact(mended, tmp_path / "mended.safetensors")
+    again = pxp.load_compact(tmp_path / "mended.safetensors")
+    assert torch.equal(again(images), mended(images))
+    assert all(parameter.requires_grad for parameter in mended.parameters())
+
+
+def test_curves_of_repaired_networks(untouched):
+    model, data = untouched(pxp.load_model("vgg")), pxp.load_dataset()
+    units = pxp.find_components(model)
+    scores = pxp.attribute(model, pxp.reference_samples(data.reference, per_class=2), units, pxp.Taylor())
+    unseen = pxp.reference_samples(data.eval, per_class=5)
+    images = pxp.reference_samples(data.reference, per_class=5)[0]
+    curve = pxp.pruning_curve(model, scores, unseen, rates=(0, 0.3, 0.5), repair=("statistics", images))
+    for rate, found in zip(curve.rates, curve.runs[0], strict=True):
+        assert found == pxp.accuracy(pxp.repair(model, scores.select(rate), images, "statistics"), unseen)
+    assert curve.settings["repair"] == "statistics, 50 images" and curve.images == 50
+    with pytest.raises(ValueError, match="50 of these 50 images were used for the repair"):
+        pxp.pruning_curve(model, scores, unseen, repair=("mean", unseen))
+    with pytest.raises(TypeError, match=r"repair must be a pair \(method, images\)"):
+        pxp.pruning_curve(model, scores, unseen, repair="mean")
+    with pytest.raises(ValueError, match="method must be one of"):
+        pxp.pruning_curve(model, scores, unseen, repair=("worst", images))
+
+
+def test_tuning_of_repaired_networks():
+    model, data = pxp.load_model("vgg"), pxp.load_dataset()
+    units = pxp.find_components(model)
+    refs = pxp.reference_samples(data.reference, per_class=1)
+    images = pxp.reference_samples(data.reference, per_class=3)[0]
+    unseen = pxp.reference_samples(data.tune, per_class=5)
+    options = {"rates": (0.3, 0.5), "progress": False, "repair": ("statistics", images)}
+    study = pxp.tune(model, refs, units, unseen, 1, space={"low": ["epsilon"]}, **options)
+    criterion, ways = pxp.winner(study)
+    scores = pxp.attribute(model, refs, units, criterion)
+    curve = pxp.pruning_curve(
+        model, scores, unseen, rates=(0.3, 0.5), repair=options["repair"], allow_shared=True, **ways
+    )
+    assert study.best_value == pytest.approx(curve.a_pr)
+    with pytest.raises(ValueError, match="used for the repair"):
+        pxp.tune(model, refs, units, unseen, 1, **options | {"repair": ("mean", unseen)})
+
+
+def test_what_pruned_outputs_become_behind_an_activation_is_read():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.first(x)).sigmoid().mean((2, 3)))
+
+    model = randomise(Shifted())  # sigmoid(0) = ½, which compaction moves into a bias
+    mask = drawn(pxp.find_components(model, example=X[:1]), 0.5)
+    cut, mended = pxp.compact(model, mask, example=X[:1]), pxp.repair(model, mask, X, "least_squares")
+    assert lack(model, mended) < 0.1 * lack(model, cut)
