@@ -5,6 +5,7 @@ Rules and criteria are values: ``eval(repr(x)) == x`` after ``from pxp import *`
 """
 
 from . import plots
+from .ablation import Ablation
 from .attribute import attribute, attribute_draws, heatmap
 from .bars import progress
 from .budget import latencies, within_budget
@@ -26,16 +27,19 @@ from .network.components import Components, find_components
 from .network.layers import register_layer
 from .recover import finetune, prune_gradually
 from .repair import repair
+from .rivals import Fisher, GeometricMedian, Variance, WeightedActivation
 from .scores import Scores
 from .search.space import search_space
 from .search.studies import load_study, save_study, tuned_curve, winner
 from .search.tune import tune
+from .sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.2.0"
 
 __all__ = [
     "CPLRP",
     "LRP",
+    "Ablation",
     "Activation",
     "AlphaBeta",
     "AttnLRP",
@@ -47,16 +51,21 @@ __all__ = [
     "Criterion",
     "Curve",
     "Epsilon",
+    "Fisher",
     "Flat",
     "Gamma",
+    "GeometricMedian",
     "IntegratedGradients",
     "Magnitude",
     "Mask",
     "Random",
     "Scores",
+    "Sensitivity",
     "SoftmaxZPlus",
     "Taylor",
+    "Variance",
     "WSquare",
+    "WeightedActivation",
     "ZBox",
     "ZPlus",
     "accuracy",
@@ -93,6 +102,7 @@ __all__ = [
     "save_curves",
     "save_study",
     "search_space",
+    "sensitivity",
     "tune",
     "tuned_curve",
     "winner",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -17,8 +16,6 @@ from .rates import RATES, as_rates
 from .repair import as_repair
 from .scores import Scores
 from .sweep import Sweep, hits
-
-logger = logging.getLogger(__name__)
 
 
 def accuracy(
@@ -131,10 +128,7 @@ def pruning_curve(
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
         right = torch.stack([sweep.hits(row, ahead.update) for row in masks]).numpy()
     about: dict = {"criterion": several[0].criterion, "settings": settings, "draws": tuple(one.draw for one in several)}
-    if len(sweep.marks) > 1:
-        logger.warning("the data come in another order each time, so the curve does not know its images: shuffle=False")
-        return Curve(rates, tuple(tuple(row) for row in right.mean(2).tolist()), **about)
-    return Curve.of_hits(rates, right, *sweep.marks, **about)
+    return sweep.curve(rates, right, **about)
 
 
 def _refuse_seen(

@@ -118,6 +118,23 @@ def kept_per_layer(named: Mapping[str, Mask], ax: Axes | None = None) -> Axes:
     return ax
 
 
+def sensitivity(found: Mapping[str, Curve], ax: Axes | None = None) -> Axes:
+    """Accuracy when each layer alone is pruned, see :func:`pxp.sensitivity`: layers downwards, rates across."""
+    ax = _axes(ax)
+    names, curves = list(found), list(found.values())
+    table = 100 * np.stack([curve.accuracy for curve in curves])
+    image = ax.pcolormesh(table, cmap="cividis", vmin=0, vmax=100)
+    ax.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=10)
+    ax.invert_yaxis()
+    rates = curves[0].rates
+    shown = range(0, len(rates), max(1, len(rates) // 5))
+    ax.set_xticks([at + 0.5 for at in shown], [f"{100 * rates[at]:.0f}" for at in shown])
+    ax.grid(visible=False)
+    ax.set(xlabel="pruned components of this layer (%)", ylabel="layer, in the order of execution")
+    ax.figure.colorbar(image, ax=ax, label="accuracy (%)")
+    return ax
+
+
 def styled(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Draw with a function that brings a style of its own, and give its figure the book's.
 

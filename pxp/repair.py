@@ -25,9 +25,9 @@ from .compaction.compact import Blueprint, finished
 from .compaction.cut import is_ordinary
 from .masks import Mask, masked
 from .network.attention import Attention
-from .network.gated import is_gated, last_layer
 from .network.layers import CONVOLUTIONS, LAYERS, LINEAR, for_weight, is_batch_norm
 from .network.replica import evaluating, replica
+from .network.silence import reader_of, without_heads
 
 METHODS = ("mean", "statistics", "least_squares")
 RIDGE = 0.1  # of the mean square of a layer's inputs: how much weights are drawn towards the old ones
@@ -190,9 +190,8 @@ class _Refit:
         reader = self._reader(module)
         if reader is not None:
             inner = self.modules[reader]
-            keep = kept.to(inner.weight.device).repeat_interleave(inner.weight.shape[1] // len(kept))
-            weight = inner.weight * keep.view(-1, *[1] * (inner.weight.ndim - 2))
-            inner.weight, self.read[reader] = nn.Parameter(weight, requires_grad=False), keep
+            inner.weight = nn.Parameter(without_heads(inner.weight, kept), requires_grad=False)
+            self.read[reader] = kept.to(inner.weight.device).repeat_interleave(inner.weight.shape[1] // len(kept))
             return
         if not is_ordinary(module) or not all(self._keeps_zero(site, module) for site in self.mask.units[name].site):
             raise ValueError(f"{name!r} ({type(module).__name__}) cannot be repaired: no weight holds its mask")
@@ -211,11 +210,8 @@ class _Refit:
         return not bool(between(zeros).any())
 
     def _reader(self, module: nn.Module) -> str | None:
-        """The layer inside a module that reads the module's own components: heads, or hidden units."""
-        inner = module.projection if isinstance(module, Attention) else last_layer(module) if is_gated(module) else None
-        return (
-            next((name for name, other in self.modules.items() if other is inner), None) if inner is not None else None
-        )
+        inner = reader_of(module)
+        return None if inner is None else next(name for name, other in self.modules.items() if other is inner)
 
     def run(self) -> nn.Module:
         """Refit what reads pruned outputs, in the order of execution; the twin."""

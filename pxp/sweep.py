@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from .batches import BATCH_SIZE, Data, batches, check_classes, distinct, fingerprints
 from .compaction.compact import Blueprint
+from .curve import Curve
 from .masks import Mask, masked
 from .network.attention import Attention
 from .network.bake import plain
@@ -96,6 +98,16 @@ class Sweep:
             self.marks.add(mark.hexdigest())
         self._known |= zip(new, found, strict=True)
         return torch.stack([self._known[key] for key in keys]) if keys else torch.zeros(0, 0, dtype=torch.bool)
+
+    def curve(self, rates: tuple[float, ...], right: np.ndarray, **about: Any) -> Curve:
+        """The curve of these hits, bool (runs, rates, images), which this sweep has measured.
+
+        If a loader shuffles its images, it is not known which one was right where.
+        """
+        if len(self.marks) == 1:
+            return Curve.of_hits(rates, right, *self.marks, **about)
+        logger.warning("the data come in another order each time, so the curve does not know its images: shuffle=False")
+        return Curve(rates, tuple(tuple(row) for row in right.mean(2).tolist()), **about)
 
     def _networks(self, masks: list[Mask]) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
         """Functions that together give the logits under all masks, in their order."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .attention import Described
+from .attention import Attention, Described
 from .attentions import form_of
-from .gated import last_layer
+from .gated import is_gated, last_layer
 from .layers import LINEAR
 from .projections import inputs_of, part_of
+
+
+def reader_of(module: nn.Module | None) -> Any:
+    """The layer of a replica's attention or gated MLP that reads its heads or hidden units; None of other modules."""
+    return module.projection if isinstance(module, Attention) else last_layer(module) if is_gated(module) else None
 
 
 def silence_units(mlp: nn.Module, kept: Tensor) -> list:
@@ -85,7 +91,7 @@ class _Restored:
 
 
 def without_heads(weight: Tensor, kept: Tensor) -> Tensor:
-    """An output projection's weight with the columns of the pruned heads zeroed."""
+    """The weight of a layer that reads heads or hidden units, with the columns of the pruned ones zeroed."""
     width = weight.shape[1] // len(kept)
     off = ~kept.to(weight.device).repeat_interleave(width)
     return weight.masked_fill(off.view(-1, *[1] * (weight.ndim - 2)), 0)

@@ -1,0 +1,161 @@
+"""Ablation, the oracle: take one component away and see what the loss does; exact, and as dear as that."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .compaction.compact import Blueprint
+from .criteria import Criterion
+from .masks import Mask, masked
+from .network.components import Components
+from .network.layers import Sequential
+from .network.outputs import logits_of
+from .network.replica import evaluating, replica
+from .network.silence import reader_of, without_heads
+
+if TYPE_CHECKING:
+    from .probe import Probe
+
+
+@dataclass(frozen=True)
+class Ablation(Criterion):
+    """Leave one out: how much the loss of each sample rises when this component alone is silenced.
+
+    What first-order criteria estimate, measured; positive is useful. It says nothing of what several components do
+    together. Everything that does not depend on the silenced component is computed once, for a network that
+    :func:`pxp.compact` can trace; for others every component costs a whole forward pass.
+
+    Raises
+    ------
+    ValueError
+        By :func:`pxp.attribute`: a network that ends in a softmax or sigmoid; of it the loss is another.
+    """
+
+    def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
+        without: Callable[[Tensor], Iterator[tuple[str, int, Tensor]]] | None = None
+        for images, labels in probe.batches():
+            with torch.no_grad(), evaluating(probe.model):
+                whole = probe.logits(images, labels)
+                close = 1e-3 * float(whole.abs().max())
+                if not torch.allclose(whole, logits_of(probe.model(images)), rtol=1e-3, atol=close):
+                    raise ValueError(
+                        f"{type(probe.model).__name__} ends in a softmax or a sigmoid, of which the cross-entropy is "
+                        "no loss; ablate the network that returns logits"
+                    )
+                before = F.cross_entropy(whole, labels, reduction="none")
+                found = {name: before.new_zeros(len(labels), 1, layer.size) for name, layer in probe.units.items()}
+                without = without or ways(probe.model, probe.units, images)
+                for name, index, logits in without(images):
+                    found[name][:, 0, index] = F.cross_entropy(logits, labels, reduction="none") - before
+            yield found
+
+
+def ways(model: Any, units: Components, images: Tensor) -> Callable[[Tensor], Iterator[tuple[str, int, Tensor]]]:
+    """How to get the logits without each component, one after the other: (layer, number of the component, logits)."""
+    try:
+        return Suffixes(Blueprint(replica(model), units, images[:1]), units)
+    except ValueError:  # it cannot be traced
+        return lambda given: _one_by_one(model, units, given)
+
+
+def _one_by_one(model: Any, units: Components, images: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    for name, layer in units.items():
+        for index in range(layer.size):
+            with masked(model, _only(units, name, index)):
+                yield name, index, logits_of(model(images))
+
+
+def _only(units: Components, name: str, index: int) -> Mask:
+    """Everything but one component."""
+    kept = {other: torch.ones(layer.size, dtype=torch.bool) for other, layer in units.items()}
+    kept[name][index] = False
+    return Mask(units, kept)
+
+
+class Suffixes:
+    """Runs a traced network once, and for each component only what depends on it.
+
+    Parameters
+    ----------
+    blueprint : Blueprint
+    units : Components
+
+    Raises
+    ------
+    ValueError
+        A layer of components that the graph does not show.
+    """
+
+    def __init__(self, blueprint: Blueprint, units: Components) -> None:
+        self.twin, self.nodes, self.units = blueprint.twin, list(blueprint.graph.nodes), units
+        self.at: dict[str, set[fx.Node]] = {}  # layer → operations whose output carries its components
+        modules = dict(self.twin.named_modules())
+        for name, layer in units.items():
+            places = (name,) if reader_of(modules[name]) is not None else layer.site
+            wanted = {self._last(place, modules) for place in places}
+            self.at[name] = {node for node in self.nodes if node.op == "call_module" and str(node.target) in wanted}
+            if {str(node.target) for node in self.at[name]} != wanted:
+                raise ValueError(f"{name!r} is not called in the graph")
+
+    @staticmethod
+    def _last(place: str, modules: dict[str, Any]) -> str:
+        """Where BatchNorm was merged, what timm's held besides stands at its place."""
+        while isinstance(modules[place], Sequential):
+            place = f"{place}.{list(modules[place]._modules)[-1]}"
+        return place
+
+    def __call__(self, images: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        values: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            values[node] = self._run(node, values, images)
+        for name, layer in self.units.items():
+            depends = set(self.at[name])
+            for node in self.nodes:
+                if any(source in depends for source in node.all_input_nodes):
+                    depends.add(node)
+            suffix = [node for node in self.nodes if node in depends]
+            for index in range(layer.size):
+                yield name, index, logits_of(self._without(name, index, suffix, values, images))
+
+    def _without(self, name: str, index: int, suffix: list[fx.Node], values: dict[fx.Node, Any], images: Tensor) -> Any:
+        """The network's output without one component."""
+        own: dict[fx.Node, Any] = {}
+        known = ChainMap(own, values)
+        reader = reader_of(self.twin.get_submodule(name))
+        for node in suffix:
+            silenced = node in self.at[name]
+            if silenced and reader is not None:
+                weight, kept = reader.weight, torch.arange(self.units[name].size) != index
+                reader.weight = nn.Parameter(without_heads(weight, kept), requires_grad=False)
+                own[node] = self._run(node, known, images)
+                reader.weight = weight
+                continue
+            # a shared layer reads, the second time, what its first output has become
+            stale = any(source in own for source in node.all_input_nodes)
+            own[node] = self._run(node, known, images) if stale else values[node]
+            if silenced:
+                own[node] = own[node].clone()
+                own[node].select(1 if self.units[name].kind == "filter" else -1, index).zero_()
+        return own[self.nodes[-1]]
+
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any], images: Tensor) -> Any:
+        if node.op == "placeholder":
+            return images.clone() if node is self.nodes[0] else node.args[0] if node.args else None
+        if node.op == "get_attr":
+            return attrgetter(str(node.target))(self.twin)
+        args: Any = fx.map_arg(node.args, values.__getitem__)
+        options: Any = fx.map_arg(node.kwargs, values.__getitem__)
+        target: Any = node.target
+        if node.op == "call_module":
+            return self.twin.get_submodule(str(node.target))(*args, **options)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **options)
+        return args[0] if node.op == "output" else target(*args, **options)
