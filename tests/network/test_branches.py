@@ -75,6 +75,18 @@ def test_what_torch_shows_to_nobody_is_refused(name, untouched):
     assert list(pxp.find_components(model, example=x[:1])) == ["conv"]
 
 
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_is_hidden_beside_what_is_seen_is_refused(name):
+    class Beside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.features(x)
+            return self.head(h) + HIDDEN[name](h, self.head.weight)
+
+    x, labels = torch.randn(3, 1, 8, 8).double(), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="cannot be followed|numbers read from the images"):
+        pxp.heatmap(Beside().double().eval(), x, labels, LRP0)
+
+
 class Branches(Net):
     def __init__(self, by: str) -> None:
         super().__init__()
@@ -198,6 +210,8 @@ def test_layers_that_see_nothing_of_the_image_are_not_scored():
         units = pxp.find_components(other, "neuron", example=x[:1], gates=gates)
         with pytest.raises(ValueError, match="not clear which values of '(place|embed)' belong to which sample"):
             pxp.attribute(other, (x, labels), units, LRP0)
+        with pytest.raises(ValueError, match="not clear which values of '(place|embed)' belong to which sample"):
+            pxp.attribute(other, (x[:1], labels[:1]), units, LRP0)  # one set of positions, and one image
 
 
 class Overwrites(Net):

@@ -182,6 +182,27 @@ def test_shared_layer_sums_its_calls():
     assert relative(scores["shared"], by_hand.abs().mean(0).detach()) < 1e-12
 
 
+def test_integrated_gradients_of_a_shared_layer_match_its_calls():
+    model = randomise(Defined())
+    x, labels = torch.randn(3, 1, 9, 9).double(), torch.tensor([0, 2, 1])
+    units, steps = pxp.find_components(model, example=x), 4
+    scores = pxp.attribute(model, (x, labels), units, pxp.IntegratedGradients(steps))
+
+    def calls(point: torch.Tensor) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        outputs: list[torch.Tensor] = []
+        handle = model.shared.register_forward_hook(lambda m, i, o: outputs.append(o))
+        logits = model(point).gather(1, labels[:, None]).sum()
+        handle.remove()
+        return outputs, torch.autograd.grad(logits, outputs)
+
+    runs = [calls(x * k / steps) for k in range(steps + 1)]
+    by_hand = 0
+    for call in range(2):
+        gradient = sum(gradients[call] for _, gradients in runs[1:]) / steps
+        by_hand = by_hand + (gradient * (runs[-1][0][call] - runs[0][0][call])).sum((2, 3)).detach()
+    assert relative(scores.signed["shared"], by_hand.mean(0)) < 1e-12
+
+
 def test_neurons():
     units = pxp.find_components(mlp(), "neuron")
     assert {name: layer.size for name, layer in units.items()} == {"0": 10, "2": 8}
