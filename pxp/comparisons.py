@@ -54,7 +54,7 @@ class Comparison:
     def _numbers(self) -> str:
         if np.isnan(self.low):
             return f"{self.difference:+.3f}, no interval below {FEWEST} draws"
-        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p_value:.3f}"
+        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {_p(self.p_value)}"
 
     def _basis(self) -> str:
         first, second = self.draws
@@ -84,11 +84,15 @@ class Comparisons(Mapping[tuple[str, str], Comparison]):
 
     def __repr__(self) -> str:
         first, second = (max(len(pair[i]) for pair in self.rows) for i in range(2))
-        lines = [f"{'first':<{first}}  {'second':<{second}}  A_PR difference          p, adjusted for {len(self)}"]
+        lines = [f"{'first':<{first}}  {'second':<{second}}  A_PR difference          adjusted for {len(self)}"]
         for (one, other), row in self.rows.items():
             found = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-            lines.append(f"{one:<{first}}  {other:<{second}}  {found}  {row.adjusted:.3f}")
+            lines.append(f"{one:<{first}}  {other:<{second}}  {found}  {_p(row.adjusted)}")
         return "\n".join([*lines, *sorted({row._basis() for row in self.rows.values()})])
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def compare(first: Curve, second: Curve) -> Comparison:
@@ -153,7 +157,8 @@ def compare_all(curves: Mapping[str, Curve], against: str | None = None) -> Comp
     ----------
     curves : mapping of str to Curve
     against : str, optional
-        The one that all others are compared with. Default: every pair, in the order of ``curves``.
+        The one that all others are compared with: their difference to it. Default: every pair, in the order of
+        ``curves``.
 
     Returns
     -------
@@ -174,7 +179,7 @@ def compare_all(curves: Mapping[str, Curve], against: str | None = None) -> Comp
     if against is None:
         pairs = [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
     else:
-        pairs = [(against, other) for other in names if other != against]
+        pairs = [(other, against) for other in names if other != against]
     rows = {pair: compare(curves[pair[0]], curves[pair[1]]) for pair in pairs}
     adjusted = holm([row.p_value for row in rows.values()])
     return Comparisons({pair: replace(row, adjusted=p) for (pair, row), p in zip(rows.items(), adjusted, strict=True)})

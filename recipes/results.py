@@ -1,7 +1,9 @@
 """The results that the book reports: ``python recipes/results.py TASK...`` measures them and goes on where it was.
 
-Every criterion is measured on 1,000 images that no search has seen, over five draws of reference samples, and written
-as a pruning curve to ``pxp/assets/curves/TASK.json`` (:func:`pxp.load_curves`). Run ``searches.py`` first.
+Every criterion is measured on the 2,000 images that no search has seen, over ten draws of reference samples, and
+written as a pruning curve that knows its hits to ``pxp/assets/curves/TASK.json`` (:func:`pxp.load_curves`). "X,
+shuffled" is the control with as many components of each layer. Run ``searches.py`` first. Until a task is complete,
+its curves are kept as ``runs/TASK.json``.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -22,13 +25,19 @@ TASKS = {
     "vit-heads": ("vit", "head", "vit-heads-tpe", None),
     "vit-neurons": ("vit", "neuron", "vit-neurons-tpe", None),
 }
-SEEDS = range(5)
+SEEDS = range(10)
+CONTROLLED = ("LRP-epsilon", "LRP-zplus", "Taylor", "magnitude")
 BASELINES = {
     "Taylor": pxp.Taylor(),
     "integrated gradients": pxp.IntegratedGradients(20),
     "internal influence": pxp.IntegratedGradients(20, influence=True),
     "activation": pxp.Activation(),
     "magnitude": pxp.Magnitude(),
+    "Fisher": pxp.Fisher(),
+    "variance": pxp.Variance(),
+    "weighted activation": pxp.WeightedActivation(),
+    "geometric median": pxp.GeometricMedian(),
+    "ablation": pxp.Ablation(),
 }
 
 
@@ -38,15 +47,18 @@ def curves_of(task: str) -> dict[str, Callable[[], pxp.Curve]]:
     data, model = pxp.load_dataset(), pxp.load_model(network)
     units = pxp.find_components(model, kind)
     draws = [pxp.reference_samples(data.reference, per_class=10, seed=seed) for seed in SEEDS]
-    images = pxp.reference_samples(data.eval, per_class=100)
+    images = data.eval
 
-    def fixed(criterion: pxp.LRP, **options) -> pxp.Curve:
-        scores = [pxp.attribute(model, refs, units, criterion, progress=False) for refs in draws]
+    def fixed(criterion: pxp.Criterion, **options) -> pxp.Curve:
+        scores = pxp.attribute_draws(model, draws, units, criterion, progress=False)
+        if all(one.draw == "" for one in scores):
+            scores = scores[:1]  # no draw changes anything
         return pxp.pruning_curve(model, scores, images, progress=False, **options)
 
-    def chance() -> pxp.Curve:
-        scores = [pxp.attribute(model, draws[0], units, pxp.Random(seed), progress=False) for seed in SEEDS]
-        return pxp.pruning_curve(model, scores, images, progress=False)
+    def shuffled(criterion: pxp.Criterion) -> pxp.Curve:
+        scores = pxp.attribute_draws(model, draws, units, criterion, progress=False)
+        control = [one.shuffled(seed) for one, seed in zip(scores, SEEDS, strict=True)]
+        return pxp.pruning_curve(model, control, images, progress=False)
 
     def tuned(name: str) -> pxp.Curve:
         return pxp.tuned_curve(pxp.load_study(name), model, draws, units, images, progress=False)
@@ -66,11 +78,14 @@ def curves_of(task: str) -> dict[str, Callable[[], pxp.Curve]]:
     for other, (_, _, source, _) in TASKS.items():
         if other != task:
             wanted[f"tuned on {other}"] = partial(transferred, source)
-    return {**wanted, **{name: partial(fixed, each) for name, each in BASELINES.items()}, "random": chance}
+    wanted |= {name: partial(fixed, each) for name, each in BASELINES.items()}
+    rules = {f"LRP-{rule}": pxp.LRP(rule) for rule in ("epsilon", "zplus")}
+    wanted |= {f"{name}, shuffled": partial(shuffled, (BASELINES | rules)[name]) for name in CONTROLLED}
+    return wanted | {"random": partial(fixed, pxp.Random())}
 
 
 def measure(task: str) -> None:
-    path = ASSETS / "curves" / f"{task}.json"
+    path = Path("runs") / f"{task}.json"
     path.parent.mkdir(exist_ok=True)
     curves = pxp.load_curves(path) if path.exists() else {}
     for name, run in curves_of(task).items():
@@ -78,6 +93,7 @@ def measure(task: str) -> None:
             curves[name] = run()
             pxp.save_curves(curves, path)
         print(f"{task:<12} {name:<28} {curves[name]}", flush=True)
+    pxp.save_curves(curves, ASSETS / "curves" / f"{task}.json")
 
 
 if __name__ == "__main__":

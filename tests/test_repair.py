@@ -186,19 +186,31 @@ def test_the_mean_is_what_it_was(name):
 
 
 def test_statistics_are_those_of_the_masked_network():
-    model = convolutional()
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5),
+        )
+    )  # fmt: skip
     units = pxp.find_components(model, example=X[:1])
     kept = {"0": torch.arange(8) % 3 > 0, "3": torch.arange(8) % 4 > 0}
     small = pxp.repair(model, pxp.Mask(units, kept), X, "statistics")
-    with torch.no_grad():
-        raw = F.conv2d(X, model[0].weight, padding=1)
-        norm = model[1]
-        x = F.batch_norm(raw, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+    def normalised(raw: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         mean, variance = raw.mean((0, 2, 3)), raw.var((0, 2, 3))  # torch keeps the unbiased one
         x = (raw - mean[:, None, None]) / (variance[:, None, None] + norm.eps).sqrt()
-        x = (x * norm.weight[:, None, None] + norm.bias[:, None, None]).relu() * kept["0"][:, None, None]
-        expected = model[4:](model[3](x) * kept["3"][:, None, None])
-    torch.testing.assert_close(small(X), expected)
+        return x * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    with torch.no_grad():
+        x = normalised(model[0](X), model[1]).relu() * kept["0"][:, None, None]
+        # while the statistics are taken, the layers before give what the batch's own, biased, variance makes of it
+        seen = F.batch_norm(model[0](X), None, None, model[1].weight, model[1].bias, training=True, eps=model[1].eps)
+        seen = model[3](seen.relu() * kept["0"][:, None, None])
+        mean, variance, norm = seen.mean((0, 2, 3)), seen.var((0, 2, 3)), model[4]
+        x = (model[3](x) - mean[:, None, None]) / (variance[:, None, None] + norm.eps).sqrt()
+        x = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+        expected = model[5:](x.relu() * kept["3"][:, None, None])
+    torch.testing.assert_close(small(X), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_labels_are_not_looked_at():

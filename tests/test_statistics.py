@@ -194,7 +194,7 @@ def test_a_table_of_comparisons():
     assert [row.adjusted for row in found.values()] == holm([row.p_value for row in found.values()])
     lines = repr(found).splitlines()
     assert len(lines) == 5 and lines[0].endswith("adjusted for 3") and lines[-1].startswith("5 paired draws, 40 images")
-    assert list(pxp.compare_all(curves, against="bc")) == [("bc", "a"), ("bc", "d")]
+    assert list(pxp.compare_all(curves, against="bc")) == [("a", "bc"), ("d", "bc")]
 
 
 @pytest.mark.parametrize("name", WORLDS)
