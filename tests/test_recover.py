@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -37,6 +38,30 @@ def test_steps_are_nested_and_see_the_pruned_network(criterion, untouched):
     once = pxp.attribute(model, (x, labels), units, criterion).select(0.4)
     looks = not isinstance(criterion, pxp.Random | pxp.Magnitude)
     assert looks == any(not torch.equal(both[name], once[name]) for name in units)
+
+
+@dataclass(frozen=True)
+class Fickle(pxp.Criterion):
+    """Says something else each time, and says most for what is silent."""
+
+    seen: list = field(default_factory=list, compare=False)
+
+    def values(self, probe):
+        for images, _ in probe.batches():
+            self.seen.append(0)
+            generator = torch.Generator().manual_seed(len(self.seen))
+            yield {
+                name: torch.rand(len(images), 1, layer.size, generator=generator) for name, layer in probe.units.items()
+            }
+
+
+def test_what_is_pruned_stays_so_whatever_the_criterion_says_then():
+    model, x, labels, units = network("vgg", samples=2)
+    arguments = (model, (x, labels), units)
+    half = pxp.prune_gradually(*arguments, Fickle(), 0.3, steps=1)
+    both = pxp.prune_gradually(*arguments, Fickle(), 0.6, steps=2)
+    assert all(bool((half[name] | ~both[name]).all()) for name in units)
+    assert both.kept == units.total - round(0.6 * units.total)
 
 
 def test_min_keep_holds_in_every_step():

@@ -10,6 +10,7 @@ from scipy import stats
 import pxp
 from pxp.statistics import FEWEST, estimate, holm, mean_squares, of_draws, unpaired
 from recipes.coverage import WORLDS, covered
+from recipes.how_sure import PAGE, page, stored
 
 # draws × images; means of draws ½, 1, 0, of images ⅔, ⅓; sums of squares 1, 1/6 and 1/3
 BY_HAND = np.array([[1, 0], [1, 1], [0, 0]], dtype=float)
@@ -276,3 +277,18 @@ def test_damaged_hits_are_refused(tmp_path):
         path.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match="is no curve written by pxp"):
             pxp.Curve.load(path)
+
+
+def test_the_page_is_made_of_the_table():
+    assert PAGE.read_text(encoding="utf8") == page(stored())
+
+
+def test_the_shipped_table_is_what_the_recipe_gives():
+    """A few of its cells again, with other random numbers."""
+    share = {(row["world"], row["draws"], row["images"]): row["covered"] for row in stored()["rows"]}
+    for name, draws, images in (("symmetric", 10, 500), ("skewed draws", 5, 100), ("15 % of draws collapse", 3, 500)):
+        found = covered(WORLDS[name], draws, images, repetitions=300, seed=5)
+        assert found == pytest.approx(share[name, draws, images], abs=0.07)
+    for world in ("symmetric", "paired difference"):  # what the text claims
+        for draws in (10, 20):
+            assert all(0.92 <= share[world, draws, images] <= 0.98 for images in (500, 2000))
