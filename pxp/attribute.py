@@ -13,7 +13,7 @@ from .batches import BATCH_SIZE, Data
 from .criteria import Criterion, Random, check_absolute
 from .input_probe import InputProbe
 from .lrp.composites import LRP, LayerComposite
-from .network.components import Components
+from .network.components import Components, check_components
 from .network.trace import trace_model
 from .probe import NoComponents, Probe, explained
 from .scores import Scores
@@ -70,8 +70,7 @@ def attribute(
     TypeError
         ``criterion`` is none of the above, ``units`` no Components.
     """
-    if not isinstance(units, Components):
-        raise TypeError(f"units must come from pxp.find_components, got {type(units).__name__}")
+    check_components(units)
     asked = as_criterion(criterion)
     units.check(model)
     signed: dict[str, Tensor] = {}

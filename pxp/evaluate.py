@@ -14,7 +14,7 @@ from .curve import Curve
 from .models import trained_on
 from .rates import RATES, as_rates
 from .repair import as_repair
-from .scores import Scores
+from .scores import Scores, several_scores
 from .sweep import Sweep, hits
 
 
@@ -110,11 +110,11 @@ def pruning_curve(
         No scores or no rates; rates that do not grow; images that were used before; and as :meth:`Scores.select` and
         :func:`accuracy`.
     """
-    several = [scores] if isinstance(scores, Scores) else list(scores)
+    several = several_scores(scores, "a pruning curve")
     rates = as_rates(rates)
     mended = as_repair(repair)
-    if not several or not rates:
-        raise ValueError("a pruning curve needs at least one Scores and one rate")
+    if not rates:
+        raise ValueError("a pruning curve needs at least one rate")
     settings = {"by": by, "order": order, "scope": scope, "min_keep": min_keep, "cost": cost}
     price = latencies(model, several[0].units) if cost == "latency" else cost
     masks = [[one.select(rate, **{**settings, "cost": price}) for rate in rates] for one in several]  # type: ignore

@@ -25,6 +25,8 @@ class ByLayer(Mapping[str, Tensor]):
             odd = sorted(set(tensors) ^ set(units))
             raise ValueError(f"{what} and components name different layers: {', '.join(odd)}")
         for name, layer in units.items():
+            if not isinstance(tensors[name], Tensor):
+                raise TypeError(f"{what} of layer {name!r} must be a tensor, got {type(tensors[name]).__name__}")
             if tensors[name].shape != (layer.size,):
                 raise ValueError(
                     f"{what} of layer {name!r} must have shape ({layer.size},), got {tuple(tensors[name].shape)}"
@@ -60,6 +62,8 @@ class Mask(ByLayer):
     ------
     ValueError
         Layers, sizes or dtypes that do not fit ``units``.
+    TypeError
+        Something else than tensors.
     """
 
     def __init__(self, units: Components, kept: Mapping[str, Tensor]) -> None:

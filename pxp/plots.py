@@ -103,6 +103,8 @@ def curves(named: Mapping[str, Curve], ax: Axes | None = None, *, chance: float 
 
 def kept_per_layer(named: Mapping[str, Mask], ax: Axes | None = None) -> Axes:
     """Share of components that each mask keeps, layer by layer: look here before believing a curve."""
+    if not named:
+        raise ValueError("there is no mask to draw")
     ax = _axes(ax)
     width = 0.8 / len(named)
     for index, (label, mask) in enumerate(named.items()):

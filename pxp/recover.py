@@ -24,7 +24,7 @@ from .criteria import Criterion
 from .files import FORMAT, check_format
 from .identity import identity
 from .masks import Mask, masked
-from .network.components import Components
+from .network.components import Components, check_components
 from .network.layers import is_batch_norm
 from .network.outputs import logits_of
 from .network.replica import evaluating
@@ -77,6 +77,7 @@ def prune_gradually(
         No folder for the state.
     """
     steps = _count("steps", steps)
+    check_components(units)
     even = {name: torch.zeros(layer.size) for name, layer in units.items()}
     signed = as_criterion(criterion).has_sign
     nothing = Scores(units, even, even, criterion=repr(criterion), has_sign=signed)

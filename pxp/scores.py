@@ -264,6 +264,25 @@ class Scores(ByLayer):
         return "\n".join(rows)
 
 
+def several_scores(scores: Any, what: str) -> list[Scores]:
+    """One ranking or several, as a list.
+
+    Raises
+    ------
+    ValueError
+        None.
+    TypeError
+        Something else.
+    """
+    several: list[Any] = [scores] if isinstance(scores, Scores | Mask) else list(scores)
+    odd = next((one for one in several if not isinstance(one, Scores)), None)
+    if odd is not None:
+        raise TypeError(f"{what} needs pxp.Scores, one or several, got {type(odd).__name__}")
+    if not several:
+        raise ValueError(f"{what} needs at least one Scores")
+    return several
+
+
 WAYS = {"by": ("magnitude", "signed"), "order": ("least", "most"), "scope": ("global", "layer")}
 
 

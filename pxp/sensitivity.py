@@ -13,7 +13,7 @@ from .batches import BATCH_SIZE, Data
 from .curve import Curve
 from .masks import Mask
 from .rates import RATES, as_rates
-from .scores import Scores
+from .scores import Scores, several_scores
 from .sweep import Sweep
 
 
@@ -96,10 +96,10 @@ def sensitivity(
     ValueError
         No scores or no rates; as :meth:`Scores.select` and :func:`pxp.accuracy`.
     """
-    several = [scores] if isinstance(scores, Scores) else list(scores)
+    several = several_scores(scores, "sensitivity")
     rates = as_rates(rates)
-    if not several or not rates:
-        raise ValueError("sensitivity needs at least one Scores and one rate")
+    if not rates:
+        raise ValueError("sensitivity needs at least one rate")
     units = several[0].units
     whole = {name: torch.ones(layer.size, dtype=torch.bool) for name, layer in units.items()}
     masks = []

@@ -352,7 +352,8 @@ def correct(
             else:
                 check_classes(wanted, logits, "classes")
             chosen = logits if wanted is None else logits[:, wanted.to(logits.device)]
-            rows.append(chosen.argmax(1).cpu() == labels.cpu())
+            answered = ~chosen.isnan().any(1)  # NaN is no answer, though argmax would find one
+            rows.append(((chosen.argmax(1) == labels.to(chosen.device)) & answered).cpu())
         found.append(torch.stack(rows))
         if progress is not None:
             progress(found[-1].numel())

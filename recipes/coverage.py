@@ -94,9 +94,8 @@ def covered(world: World, draws: int, images: int, repetitions: int, seed: int =
 def resampled(right: np.ndarray, draws: int, images: int, repetitions: int, paired: bool, seed: int = 0) -> float:
     """The same where the truth is the mean of these hits (draws, images), which are drawn from with replacement."""
     generator = np.random.default_rng(seed)
-    sizes = zip(right.shape, (draws, images), strict=True)
-    places = ([generator.integers(size, size=number) for size, number in sizes] for _ in iter(int, 1))
-    samples = (right[np.ix_(*next(places))] for _ in range(repetitions))
+    rows = (generator.integers(right.shape[0], size=draws) for _ in range(repetitions))
+    samples = (right[np.ix_(row, generator.integers(right.shape[1], size=images))] for row in rows)
     return _share(samples, float(right.mean()), paired)
 
 
@@ -111,10 +110,12 @@ def real() -> dict[str, tuple[np.ndarray, bool]]:
     data, model = pxp.load_dataset(), pxp.load_model("vgg")
     units = pxp.find_components(model)
     draws = [pxp.reference_samples(data.reference, per_class=10, seed=seed) for seed in range(40)]
-    chance = [pxp.attribute(model, draws[0], units, pxp.Random(seed)) for seed in range(40)]
-    epsilon, taylor = (pxp.attribute_draws(model, draws, units, each) for each in (pxp.LRP("epsilon"), pxp.Taylor()))
+    chance = [pxp.attribute(model, draws[0], units, pxp.Random(seed), progress=False) for seed in range(40)]
+    ranked = [chance]
+    for criterion in (pxp.LRP("epsilon"), pxp.Taylor()):
+        ranked.append(pxp.attribute_draws(model, draws, units, criterion, progress=False))
     rates = (0.1, 0.2)
-    found = [pxp.pruning_curve(model, each, data.eval, rates=rates).right for each in (chance, epsilon, taylor)]
+    found = [pxp.pruning_curve(model, each, data.eval, rates=rates, progress=False).right for each in ranked]
     lottery, ours, other = (np.asarray(each, dtype=float) for each in found)
     return {
         "VGG, random, 10 % pruned": (lottery[:, 0], False),

@@ -176,9 +176,33 @@ def test_selection(ready, options, message):
 def test_curves_without_anything(ready):
     model, x, labels, units = ready
     scores = pxp.attribute(model, None, units, pxp.Random())
-    for bad, rates in (([], (0, 0.5)), (scores, ())):
-        with pytest.raises(ValueError, match="needs at least one Scores and one rate"):
+    for bad, rates, message in (([], (0, 0.5), "one Scores"), (scores, (), "one rate")):
+        with pytest.raises(ValueError, match=f"a pruning curve needs at least {message}"):
             pxp.pruning_curve(model, bad, (x, labels), rates=rates)
+    for odd, name in ((scores.select(0.5), "Mask"), ([scores, 3], "int")):
+        for verb in (pxp.pruning_curve, pxp.sensitivity):
+            with pytest.raises(TypeError, match=rf"needs pxp\.Scores, one or several, got {name}"):
+                verb(model, odd, (x, labels))
+
+
+def test_what_is_no_component_or_none(ready):
+    model, x, labels, units = ready
+    for odd, error, message in ((None, TypeError, "units must come from"), (units.only(), ValueError, "no components")):
+        with pytest.raises(error, match=message):
+            pxp.attribute(model, (x, labels), odd, pxp.LRP())
+        with pytest.raises(error, match=message):
+            pxp.prune_gradually(model, (x, labels), odd, pxp.LRP(), 0.5, steps=2)
+    with pytest.raises(TypeError, match=r"Mask of layer '.*' must be a tensor, got list"):
+        pxp.Mask(units, {name: [True] * layer.size for name, layer in units.items()})
+    with pytest.raises(ValueError, match="no mask to draw"):
+        pxp.plots.kept_per_layer({})
+
+
+def test_an_answer_that_is_not_a_number_is_wrong(ready):
+    _, x, labels, _ = ready
+    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 3)).to(x.dtype)
+    broken[1].weight.data.fill_(torch.nan)
+    assert pxp.accuracy(broken, (x, labels)) == 0
 
 
 @pytest.mark.parametrize(

@@ -38,5 +38,5 @@ def test_each_layer_is_pruned_alone(untouched):
 
 def test_what_has_no_sensitivity():
     model, data = pxp.load_model("vgg"), pxp.load_dataset()
-    with pytest.raises(ValueError, match="at least one Scores and one rate"):
+    with pytest.raises(ValueError, match="sensitivity needs at least one Scores"):
         pxp.sensitivity(model, [], data.tune)

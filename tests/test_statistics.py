@@ -9,7 +9,7 @@ from scipy import stats
 
 import pxp
 from pxp.statistics import FEWEST, estimate, holm, mean_squares, of_draws, unpaired
-from recipes.coverage import WORLDS, covered
+from recipes.coverage import WORLDS, covered, resampled
 from recipes.how_sure import PAGE, page, stored
 
 # draws × images; means of draws ½, 1, 0, of images ⅔, ⅓; sums of squares 1, 1/6 and 1/3
@@ -206,6 +206,12 @@ def test_intervals_cover(name):
     share = covered(world, draws=10, images=500, repetitions=300, seed=1)
     margin = 3 * (0.05 * 0.95 / 300) ** 0.5  # three standard errors
     assert low - margin <= share <= high + margin
+
+
+def test_what_is_drawn_from_real_hits_varies():
+    hits = np.random.default_rng(0).random((40, 300)) < np.where(np.arange(40) < 6, 0.1, 0.9)[:, None]  # some collapse
+    assert 0.3 < resampled(hits.astype(float), 3, 100, 200, paired=False) < 0.8
+    assert resampled(hits.astype(float), 20, 100, 200, paired=False) > 0.85
 
 
 def test_five_draws_were_not_enough():

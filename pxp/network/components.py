@@ -58,6 +58,14 @@ class Layer:
     flops: int = 0
 
 
+def check_components(units: object) -> None:
+    """Raise TypeError unless these are what :func:`find_components` gives, and ValueError if there are none."""
+    if not isinstance(units, Components):
+        raise TypeError(f"units must come from pxp.find_components, got {type(units).__name__}")
+    if not len(units):
+        raise ValueError("there are no components: no layer is left in units")
+
+
 class Components(Mapping[str, Layer]):
     """All components of one kind or several, by layer, in the order in which the layers run.
 
