@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .compaction.compact import Blueprint
 from .criteria import Criterion
 from .masks import Mask, masked
+from .network.check import same_outputs
 from .network.components import Components
 from .network.layers import Sequential
 from .network.outputs import logits_of
@@ -44,13 +45,13 @@ class Ablation(Criterion):
         for images, labels in probe.batches():
             with torch.no_grad(), evaluating(probe.model):
                 whole = probe.logits(images, labels)
-                close = 1e-3 * float(whole.abs().max())
-                if not torch.allclose(whole, logits_of(probe.model(images)), rtol=1e-3, atol=close):
+                before = F.cross_entropy(whole, labels, reduction="none")
+                given = F.cross_entropy(logits_of(probe.model(images)), labels, reduction="none")
+                if not torch.allclose(given, before, rtol=1e-3, atol=1e-3):
                     raise ValueError(
                         f"{type(probe.model).__name__} ends in a softmax or a sigmoid, of which the cross-entropy is "
                         "no loss; ablate the network that returns logits"
                     )
-                before = F.cross_entropy(whole, labels, reduction="none")
                 found = {name: before.new_zeros(len(labels), 1, layer.size) for name, layer in probe.units.items()}
                 without = without or ways(probe.model, probe.units, images)
                 for name, index, logits in without(images):
@@ -59,11 +60,22 @@ class Ablation(Criterion):
 
 
 def ways(model: Any, units: Components, images: Tensor) -> Callable[[Tensor], Iterator[tuple[str, int, Tensor]]]:
-    """How to get the logits without each component, one after the other: (layer, number of the component, logits)."""
+    """How to get the logits without each component, one after the other: (layer, number of the component, logits).
+
+    The faster way is taken where the network can be traced and, tried with one component of each layer, gives what
+    masking gives.
+    """
+    few = images[:2]
     try:
-        return Suffixes(Blueprint(replica(model), units, images[:1]), units)
-    except ValueError:  # it cannot be traced
+        faster = Suffixes(Blueprint(replica(model), units, few[:1]), units)
+        found = {name: next(faster.of(name, few)) for name in units}
+    except Exception:  # whatever hinders it, masking gives the same
         return lambda given: _one_by_one(model, units, given)
+    for name, logits in found.items():
+        with masked(model, _only(units, name, 0)):
+            if not same_outputs([logits], [logits_of(model(few))]):
+                return lambda given: _one_by_one(model, units, given)
+    return faster
 
 
 def _one_by_one(model: Any, units: Components, images: Tensor) -> Iterator[tuple[str, int, Tensor]]:
@@ -113,17 +125,28 @@ class Suffixes:
         return place
 
     def __call__(self, images: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        values = self._values(images)
+        for name in self.units:
+            yield from ((name, index, logits) for index, logits in enumerate(self._of(name, images, values)))
+
+    def of(self, name: str, images: Tensor) -> Iterator[Tensor]:
+        """The logits without each component of one layer."""
+        return self._of(name, images, self._values(images))
+
+    def _values(self, images: Tensor) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {}
         for node in self.nodes:
             values[node] = self._run(node, values, images)
-        for name, layer in self.units.items():
-            depends = set(self.at[name])
-            for node in self.nodes:
-                if any(source in depends for source in node.all_input_nodes):
-                    depends.add(node)
-            suffix = [node for node in self.nodes if node in depends]
-            for index in range(layer.size):
-                yield name, index, logits_of(self._without(name, index, suffix, values, images))
+        return values
+
+    def _of(self, name: str, images: Tensor, values: dict[fx.Node, Any]) -> Iterator[Tensor]:
+        depends = set(self.at[name])
+        for node in self.nodes:
+            if any(source in depends for source in node.all_input_nodes):
+                depends.add(node)
+        suffix = [node for node in self.nodes if node in depends]
+        for index in range(self.units[name].size):
+            yield logits_of(self._without(name, index, suffix, values, images))
 
     def _without(self, name: str, index: int, suffix: list[fx.Node], values: dict[fx.Node, Any], images: Tensor) -> Any:
         """The network's output without one component."""

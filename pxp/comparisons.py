@@ -121,30 +121,39 @@ def compare(first: Curve, second: Curve) -> Comparison:
     """
     if len(first.rates) != len(second.rates) or not np.allclose(first.rates, second.rates, rtol=0, atol=1e-9):
         raise ValueError("the two curves have different rates")
+    depends, together = (first.depends, second.depends), first.same_draws(second)
     if first.hits is None or second.hits is None:
-        return _by_runs(first, second)
+        return _by_runs(first, second, depends, together)
     if first.hits.images != second.hits.images or first.images != second.images:
         raise ValueError("the two curves were measured on different images, so they cannot be compared image by image")
-    a, b = first.hits.array().mean(1), second.hits.array().mean(1)
-    depends = first.depends, second.depends
-    a, b = (x if needed else x[:1] for x, needed in zip((a, b), depends, strict=True))
-    together = first.same_draws(second)
+    a, b = first.hits.array()[first.rows].mean(1), second.hits.array()[second.rows].mean(1)
     if together or not all(depends):
         found = estimate(a - b, depends=any(depends))
     else:
         found = unpaired(a, b)
-    draws = tuple(len(x) if needed else 0 for x, needed in zip((a, b), depends, strict=True))
-    return _comparison(found, (draws[0], draws[1]), a.shape[1], together)
+    return _comparison(found, (len(a), len(b)), depends, a.shape[1], together)
 
 
-def _by_runs(first: Curve, second: Curve) -> Comparison:
-    a, b = first.a_pr_runs, second.a_pr_runs
-    if len(a) != len(b) and 1 not in (len(a), len(b)):
-        raise ValueError(f"cannot pair {len(a)} runs with {len(b)}")
-    return _comparison(of_draws(a - b), (len(a) if len(a) > 1 else 0, len(b) if len(b) > 1 else 0), 0, True)
+def _by_runs(first: Curve, second: Curve, depends: tuple[bool, bool], together: bool) -> Comparison:
+    a, b = first.a_pr_runs[first.rows], second.a_pr_runs[second.rows]
+    if not first.draws and not second.draws:  # made by hand: one run of a criterion without samples, or pairs
+        if len(a) != len(b) and 1 not in (len(a), len(b)):
+            raise ValueError(f"cannot pair {len(a)} runs with {len(b)}; draws= would tell that they are no pairs")
+        depends, together = (len(a) > 1, len(b) > 1), True
+    if together or not all(depends):
+        found = of_draws(a - b)
+    else:
+        one, other = of_draws(a), of_draws(b)
+        variance = one.variance + other.variance
+        parts = one.variance**2 / one.freedom + other.variance**2 / other.freedom
+        found = Estimate(a.mean() - b.mean(), variance, variance**2 / parts if parts > 0 else one.freedom)  # Welch 1947
+    return _comparison(found, (len(a), len(b)), depends, 0, together)
 
 
-def _comparison(found: Estimate, draws: tuple[int, int], images: int, paired: bool) -> Comparison:
+def _comparison(
+    found: Estimate, runs: tuple[int, int], depends: tuple[bool, bool], images: int, paired: bool
+) -> Comparison:
+    draws = (runs[0] if depends[0] else 0, runs[1] if depends[1] else 0)
     low, high = found.interval()
     p = float(found.p_value())
     return Comparison(float(found.mean), float(low), float(high), p, draws, images, paired, p)

@@ -20,6 +20,8 @@ from .files import FORMAT, Newer, check_format, renewed
 from .rates import as_rates, fraction
 from .statistics import ENOUGH, FEWEST, Estimate, estimate, of_draws
 
+UNKNOWN = "unknown"  # draw of scores that do not know their references
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -43,6 +45,8 @@ class Hits:
     def of(cls, right: np.ndarray, images: str = "") -> Hits:
         """Pack bools (runs, rates, images)."""
         runs, rates, number = right.shape
+        if not right.size:
+            raise ValueError(f"hits of shape {right.shape} are those of no image")
         return cls((runs, rates, number), np.packbits(right).tobytes(), images)
 
     def array(self) -> np.ndarray:
@@ -140,14 +144,23 @@ class Curve:
     @property
     def depends(self) -> bool:
         """Whether it depends on draws (of reference samples, of seeds) at all; magnitude does not."""
-        return any(self.draws) if self.draws else len(self.runs) > 1
+        return any(self.draws) or not self.draws
+
+    @property
+    def rows(self) -> list[int]:
+        """The runs that tell something new: the first of each draw; all of them where nobody knows their draws."""
+        known = self.draws or tuple(map(str, range(len(self.runs))))
+        return [i for i, draw in enumerate(known) if draw.startswith(UNKNOWN) or draw not in known[:i]]
 
     def same_draws(self, other: Curve) -> bool:
-        """Whether run i of both saw the same reference samples, so that what they have in common cancels."""
-        own, its = ([draw.partition("|")[0] for draw in curve.draws] for curve in (self, other))
-        if not own or not its:
+        """Whether run i of both saw the same reference samples, so that what they have in common cancels.
+
+        Of curves that were both made without ``draws`` this is taken for granted, if they have as many runs.
+        """
+        if not self.draws and not other.draws:
             return len(self.runs) == len(other.runs)
-        return own == its and all(own)
+        own, its = ([curve.draws[i].partition("|")[0] for i in curve.rows if curve.draws] for curve in (self, other))
+        return own == its and all(own) and UNKNOWN not in own
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -188,19 +201,19 @@ class Curve:
         not where some draws collapse. ``level`` is a fraction, 0.95 for 95 %. With fewer than three draws of a
         criterion that depends on them nobody can tell: NaN.
         """
-        x = None if self.right is None else self.right.transpose(1, 0, 2)
-        return self._estimate(x, np.asarray(self.runs).T).proportion(level)
+        x = None if self.right is None else self.right[self.rows].transpose(1, 0, 2)
+        return self._estimate(x, np.asarray(self.runs)[self.rows].T).proportion(level)
 
     def a_pr_interval(self, level: float = 0.95) -> tuple[float, float]:
         """Interval of A_PR; as :meth:`interval`."""
-        x = None if self.right is None else self.right.mean(1)
-        low, high = self._estimate(x, self.a_pr_runs).proportion(level)
+        x = None if self.right is None else self.right[self.rows].mean(1)
+        low, high = self._estimate(x, self.a_pr_runs[self.rows]).proportion(level)
         return float(low), float(high)
 
     def _estimate(self, right: np.ndarray | None, runs: np.ndarray) -> Estimate:
         if right is None:
             return of_draws(runs)
-        return estimate(right if self.depends else right[..., :1, :], self.depends)
+        return estimate(right, self.depends)
 
     def plot(self, ax=None, **kwargs):
         """Draw accuracy against pruning rate; see :func:`pxp.plots.curves`."""
@@ -256,9 +269,10 @@ class Curve:
         number = len(self.runs)
         runs = f"{number} run{'s' * (number > 1)}" + (f" on {self.images:,} images" if self.images else "")
         few = ""
-        if self.depends and number < FEWEST:
-            few = f"; no interval below {FEWEST} draws"
-        elif self.depends and number < ENOUGH:
+        draws = len(self.rows)
+        if self.depends and draws < FEWEST:
+            few = f"; no interval below {FEWEST} draws" if draws > 1 or self.draws else ""
+        elif self.depends and draws < ENOUGH:
             few = f"; below {ENOUGH} draws the interval may be too short"
         return (
             f"Curve({self.criterion or 'unnamed'}, {runs}: "

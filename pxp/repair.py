@@ -23,14 +23,16 @@ from .bars import bar
 from .batches import BATCH_SIZE, Data, checked, whole
 from .compaction.compact import Blueprint, finished
 from .compaction.cut import is_ordinary
+from .criteria import as_count
 from .masks import Mask, masked
 from .network.attention import Attention
-from .network.layers import CONVOLUTIONS, LAYERS, LINEAR, for_weight, is_batch_norm
+from .network.layers import CONVOLUTIONS, LAYERS, LINEAR, TRANSPOSED, for_weight, is_batch_norm
 from .network.replica import evaluating, replica
 from .network.silence import reader_of, without_heads
 
 METHODS = ("mean", "statistics", "least_squares")
 RIDGE = 0.1  # of the mean square of a layer's inputs: how much weights are drawn towards the old ones
+LEAST = 1e-6  # the same of the mean square not taken from the mean
 ROOM = 2**25  # values of patches that are in memory at once
 
 
@@ -57,6 +59,7 @@ def repair(
     method : {"statistics", "mean", "least_squares"}, default "statistics"
         ``"statistics"``: BatchNorm's means and variances anew, in one forward pass of the masked network. Needs
         BatchNorm.
+        Where the images are others than those that the network was trained on, so are their statistics.
         ``"mean"``: every layer that reads pruned outputs gets the bias with which its mean output is what it was.
         Layers without a bias stay as they are.
         ``"least_squares"``: every layer that reads pruned outputs gets the weights, drawn towards the old ones
@@ -87,6 +90,7 @@ def repair(
     check_method(method)
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a pxp.Mask, got {type(mask).__name__}")
+    batch_size = as_count("batch_size", batch_size)
     given = _only_images(images)
     reference = next((p for p in model.parameters() if p.is_floating_point()), given)
     parts = list(given.to(reference).tensor_split(math.ceil(len(given) / batch_size)))  # of nearly equal size
@@ -141,14 +145,18 @@ def _with_statistics(model: nn.Module, mask: Mask, parts: Sequence[Tensor], prog
         norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
         norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
         norm.momentum = None  # the mean over all batches
-    with masked(twin, mask), evaluating(twin):
+    twin.eval()
+    with masked(twin, mask):
         for norm in norms:
             norm.training = True
-        for part in bar(parts, show=progress, desc="repair", unit="batch"):
-            twin(part)
-    for norm in norms:
-        norm.training = False
-    return twin
+        try:
+            for part in bar(parts, show=progress, desc="repair", unit="batch"):
+                twin(part)
+        except ValueError as error:  # a single value has no variance
+            raise ValueError(
+                f"{sum(map(len, parts))} images are too few for BatchNorm's statistics: {error}"
+            ) from error
+    return twin.eval()
 
 
 class _Refit:
@@ -193,6 +201,8 @@ class _Refit:
             inner.weight = nn.Parameter(without_heads(inner.weight, kept), requires_grad=False)
             self.read[reader] = kept.to(inner.weight.device).repeat_interleave(inner.weight.shape[1] // len(kept))
             return
+        if isinstance(module, TRANSPOSED):
+            raise ValueError(f"{name!r} is a transposed convolution, of which compaction cannot take anything away")
         if not is_ordinary(module) or not all(self._keeps_zero(site, module) for site in self.mask.units[name].site):
             raise ValueError(f"{name!r} ({type(module).__name__}) cannot be repaired: no weight holds its mask")
         keep = kept.to(module.weight.device)
@@ -254,14 +264,18 @@ class _Refit:
 
     def _summand(self, node: fx.Node, found: dict[fx.Node, list[Any]]) -> fx.Node | None:
         """What is added to the output of an operation, if that is known by now."""
+        shape = node.meta.get("shape")  # an attention may give a tuple, with what it computes first
         while len(node.users) == 1:
             user = next(iter(node.users))
             if user.op == "call_function" and user.target in (operator.add, torch.add):
                 other = next((source for source in user.all_input_nodes if source is not node), None)
-                return other if other in found else None
-            if not (user.meta.get("same") or user.target is operator.getitem):
+                plain = other in found and not user.kwargs and len(user.args) == 2
+                same = plain and other is not None and other.meta.get("shape") == shape == user.meta.get("shape")
+                return other if same and shape is not None else None
+            first = shape is None and user.target is operator.getitem and user.args[1] == 0
+            if not (first or (user.meta.get("same") and user.meta.get("shape") == shape)):
                 return None
-            node = user
+            node, shape = user, user.meta.get("shape")
         return None
 
     def _prunes(self, node: fx.Node, reads: bool) -> bool:
@@ -328,7 +342,9 @@ class _Equations:
     """The normal equations of a layer's change: (XᵀX + λ) ΔW = XᵀR, for what its outputs lack, R.
 
     λ is ``RIDGE`` times the mean of XᵀX's diagonal. A layer with a bias also changes it, and X and R are taken from
-    their means. Inputs that are pruned are columns of zeros: their weights stay as they are. In float64, by blocks.
+    their means. Inputs that are pruned are columns of zeros: their weights stay as they are. Sums are in float64, of
+    products in float32 or better, block by block; of inputs from which the first block's mean is taken, so that little
+    cancels.
 
     Parameters
     ----------
@@ -343,6 +359,7 @@ class _Equations:
         outputs, inputs = len(layer.weight) // self.groups, layer.weight[0].numel()
         zeros = layer.weight.new_zeros
         self.number = 0
+        self.pilot: Tensor | None = None  # (groups, 1, inputs)
         self.x, self.r = (zeros(self.groups, size, dtype=torch.float64) for size in (inputs, outputs))
         self.xx = zeros(self.groups, inputs, inputs, dtype=torch.float64) if weights else None
         self.xr = zeros(self.groups, inputs, outputs, dtype=torch.float64) if weights else None
@@ -359,6 +376,11 @@ class _Equations:
 
     def _add(self, x: Tensor, r: Tensor) -> None:
         """(groups, rows, inputs) and (groups, rows, outputs)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, r = x.to(wide), r.to(wide)
+        if self.pilot is None:
+            self.pilot = x.mean(1, keepdim=True) if self.layer.bias is not None else torch.zeros_like(x[:, :1])
+        x = x - self.pilot
         self.number += x.shape[1]
         self.r += r.sum(1, dtype=torch.float64)
         if self.xx is not None and self.xr is not None:
@@ -387,14 +409,16 @@ class _Equations:
     def solve(self) -> tuple[Tensor, Tensor]:
         """The change of the weight and of the bias."""
         weight, shift = torch.zeros_like(self.layer.weight, dtype=torch.float64), self.r / self.number
-        if self.xx is not None and self.xr is not None:
-            xx, xr = self.xx, self.xr
+        if self.xx is not None and self.xr is not None and self.pilot is not None:
+            xx, xr, pilot = self.xx, self.xr, self.pilot[:, 0].double()
             if self.layer.bias is not None:
                 xx = xx - self.x[:, :, None] * self.x[:, None] / self.number
                 xr = xr - self.x[:, :, None] * shift[:, None]
             diagonal = xx.diagonal(dim1=1, dim2=2)
-            ridge = (RIDGE * diagonal.mean(1)).clamp(min=torch.finfo(torch.float64).tiny)
+            # inputs that do not vary say nothing, and rounding shall not speak for them
+            square = self.number * pilot.square().mean(1) + diagonal.mean(1)
+            ridge = torch.maximum(RIDGE * diagonal.mean(1), LEAST * square).clamp(min=torch.finfo(torch.float64).tiny)
             made = torch.linalg.solve(xx + torch.diag_embed(ridge[:, None].expand_as(diagonal)), xr)
             weight = made.transpose(1, 2).reshape(self.layer.weight.shape)
-            shift = shift - (self.x[:, None] @ made)[:, 0] / self.number
+            shift = shift - ((self.x / self.number + pilot)[:, None] @ made)[:, 0]
         return weight, shift.flatten()

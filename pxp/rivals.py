@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .criteria import Criterion
+from .network.components import Layer
 from .network.layers import LAYERS, LINEAR, TRANSPOSED
-from .network.replica import eager
+from .network.replica import eager, replica
 from .network.silence import reader_of
 
 if TYPE_CHECKING:
@@ -145,93 +146,134 @@ def _of_components(probe: Probe, name: str, channels: Tensor) -> Tensor:
 def columns(probe: Probe, images: Tensor) -> dict[str, Tensor]:
     """The squared L2 norm of the weights that read each channel of each layer, (channels,).
 
-    Which those are, two directional derivatives tell: every layer gives what it gave, so that a change of one of them
-    reaches its readers and nobody else; and where channels are not mixed, the ratio of the two changes is the number of
-    the channel from which they come.
+    Which those are, directional derivatives tell: every layer gives something of its own, whatever it is given, so that
+    a change of one of them reaches its readers and nobody else. Where channels are not mixed, a change by a number of
+    each channel's own arrives, relative to a change of all by 1, as one of these numbers.
 
     Raises
     ------
     ValueError
-        They are mixed.
+        They are mixed, or nothing was seen to read a channel.
     """
     modules: dict[str, Any] = dict(probe.twin.named_modules())
-    layers = {name: module for name, module in modules.items() if isinstance(module, LAYERS)}
     found: dict[str, Tensor] = {}
     for name in probe.units:
         inner = reader_of(modules[name])
         if inner is not None:
             found[name] = _column_norms(inner)
     rest = [name for name in probe.units if name not in found]
-    if not rest:
-        return found
-    given: dict[str, list[Tensor]] = {name: [] for name in layers}
-    with _hooked(layers, lambda name, inputs, output: given[name].append(output.clone())), eager():
-        probe.twin(images)
-    for name in rest:
-        changes: list[list[tuple[str, Tensor | None]]] = []
-        for coded in (False, True):
-            with forward_ad.dual_level():
-                changes.append(_read(probe, layers, given, name, images, coded))
-        found[name] = _joined(probe, name, layers, *changes)
+    if rest:
+        readers = _Readers(replica(probe.twin).double(), images.double())
+        found |= {name: readers.columns(name, probe.units[name]) for name in rest}
     return found
 
 
-def _read(
-    probe: Probe, layers: dict[str, Any], given: dict[str, list[Tensor]], changed: str, images: Tensor, coded: bool
-) -> list[tuple[str, Tensor | None]]:
-    """The change of every layer's input, call by call, when each channel of one changes by 1, or by its number."""
-    seen: list[tuple[str, Tensor | None]] = []
-    calls = dict.fromkeys(layers, 0)
-    channel = 1 if probe.units[changed].kind == "filter" else -1
+class _Readers:
+    """Sees what reads a layer's channels.
 
-    def pinned(name: str, inputs: tuple, output: Tensor) -> Tensor:
-        seen.append((name, forward_ad.unpack_dual(inputs[0]).tangent))
-        kept = given[name][calls[name]].clone()
-        calls[name] += 1
-        if name != changed:
-            return kept
-        tangent = torch.ones_like(kept)
+    Parameters
+    ----------
+    twin : nn.Module
+        In float64; it is changed.
+    images : Tensor
+    """
+
+    def __init__(self, twin: Any, images: Tensor) -> None:
+        self.twin, self.images = twin, images
+        self.layers: dict[str, Any] = {n: module for n, module in twin.named_modules() if isinstance(module, LAYERS)}
+        self.given: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        with _hooked(self.layers, lambda name, inputs, output: self.given[name].append(output.clone())), eager():
+            twin(images)
+
+    def columns(self, name: str, unit: Layer) -> Tensor:
+        """The squared norms of what reads each channel of a layer."""
         generator = torch.Generator().manual_seed(0)
-        kept = 1 + torch.rand(kept.shape, generator=generator).to(kept)  # where no activation lets nothing pass
-        if coded:
-            numbers = torch.arange(1, kept.shape[channel] + 1, dtype=kept.dtype, device=kept.device)
-            tangent = (tangent.movedim(channel, -1) * numbers).movedim(-1, channel)
-        return forward_ad.make_dual(kept, tangent)
+        jitter = torch.rand(unit.size, generator=generator, dtype=torch.float64)
+        codes = (1 + (torch.arange(unit.size) + jitter) / unit.size).to(self.images)  # increasing, and in no proportion
+        origins: dict[tuple[str, int], Tensor] = {}  # reader and its call → the channel that each of its inputs is
+        # what it gives itself, or anything: an activation may let nothing pass for the one or the other
+        idle = 0
+        for scale in (0.0, 1.0, -1.0, 10.0, -10.0, 0.3, -0.3, 100.0, -100.0, 3.0, -3.0):
+            before = sum(int((origin >= 0).sum()) for origin in origins.values())
+            plain, coded = (self._changes(name, unit, scale, part) for part in (None, codes))
+            for call, (ones, numbers) in enumerate(zip(plain, coded, strict=True)):
+                if ones[1] is not None and numbers[1] is not None:
+                    origin = self._origin(name, unit, ones[0], ones[1], numbers[1], codes)
+                    known = origins.setdefault((ones[0], call), origin)
+                    if bool(((known != origin) & (known >= 0) & (origin >= 0)).any()):
+                        raise self._mixed(name, unit, ones[0])
+                    origins[ones[0], call] = torch.maximum(known, origin)
+            # three times nothing new is taken for all that there is, unless a channel is still unread
+            idle = idle + 1 if before == sum(int((origin >= 0).sum()) for origin in origins.values()) else 0
+            read = torch.cat([origin[origin >= 0] for origin in origins.values()] or [torch.zeros(0)])
+            if idle == 3 and len(read.unique()) == unit.size:
+                break
+        total = self.images.new_zeros(unit.size)
+        seen = torch.zeros_like(total, dtype=torch.bool)
+        for (reader, _), origin in origins.items():
+            known = origin >= 0
+            total.index_add_(0, origin[known], _column_norms(self.layers[reader])[known])
+            seen[origin[known]] = True
+        if not bool(seen.all()):
+            missing = (~seen).nonzero().flatten().tolist()
+            raise ValueError(
+                f"nothing was seen to read {unit.kind}s {missing[:5]} of {name!r}, so no weights are theirs"
+            )
+        return total
 
-    with _hooked(layers, pinned), eager():
-        probe.twin(images)
-    return seen
+    def _changes(
+        self, changed: str, unit: Layer, scale: float, codes: Tensor | None
+    ) -> list[tuple[str, Tensor | None]]:
+        """The change of every layer's input, call by call, when each channel of one changes by its code or by 1."""
+        seen: list[tuple[str, Tensor | None]] = []
+        calls = dict.fromkeys(self.layers, 0)
+        generator = torch.Generator().manual_seed(round(10 * abs(scale)))
 
+        def pinned(name: str, inputs: tuple, output: Tensor) -> Tensor:
+            seen.append((name, forward_ad.unpack_dual(inputs[0]).tangent))
+            kept = self.given[name][calls[name]].clone()
+            calls[name] += 1
+            if name != changed:
+                return kept
+            if scale:
+                kept = scale * torch.randn(kept.shape, generator=generator, dtype=torch.float64).abs().to(kept)
+            channel = 1 if unit.kind == "filter" else -1
+            tangent = torch.ones_like(kept)
+            if codes is not None:
+                tangent = (tangent.movedim(channel, -1) * codes).movedim(-1, channel)
+            return forward_ad.make_dual(kept, tangent)
 
-def _joined(
-    probe: Probe,
-    name: str,
-    layers: dict[str, Any],
-    plain: list[tuple[str, Tensor | None]],
-    coded: list[tuple[str, Tensor | None]],
-) -> Tensor:
-    """The norms of the columns that read each channel."""
-    unit = probe.units[name]
-    number = layers[name].weight.shape[1 if isinstance(layers[name], TRANSPOSED) else 0]
-    total = torch.zeros(number, dtype=torch.float64, device=layers[name].weight.device)
-    for (reader, ones), (_, numbers) in zip(plain, coded, strict=True):
-        if ones is None or numbers is None:
-            continue
-        layer = layers[reader]
-        dimension = -1 if isinstance(layer, LINEAR) else 1
-        ones, numbers = (t.movedim(dimension, -1).flatten(0, -2).double() for t in (ones, numbers))
-        least = 1e-6 * numbers.abs().max()
+        with forward_ad.dual_level(), _hooked(self.layers, pinned), eager():
+            self.twin(self.images)
+            return seen
+
+    def _origin(self, name: str, unit: Layer, reader: str, ones: Tensor, numbers: Tensor, codes: Tensor) -> Tensor:
+        """The channel that each input of a reader is; −1 where nothing passed."""
+        dimension = -1 if isinstance(self.layers[reader], LINEAR) else 1
+        ones, numbers = (t.movedim(dimension, -1).flatten(0, -2) for t in (ones, numbers))
+        least = 1e-9 * numbers.abs().max()
         live = ones.abs() > least
         ratio = torch.where(live, numbers / torch.where(live, ones, 1), 0)
-        origin = ratio.amax(0).round()
-        if bool(torch.where(live, (ratio - origin).abs() > 1e-2, numbers.abs() > least).any()):
-            raise ValueError(
-                f"between {name!r} ({unit.kind}s) and {reader!r}, which reads it, channels are mixed; so no weights of "
-                f"{reader!r} are those that read one {unit.kind}"
-            )
-        known = origin > 0
-        total.index_add_(0, origin[known].long() - 1, _column_norms(layer)[known].to(total))
-    return total
+        nearest = self._near(ratio, codes)
+        close = (codes[nearest] - ratio).abs() < 1e-9
+        origin = torch.where(live, nearest, -1)
+        highest = origin.amax(0)
+        if bool(torch.where(live, ~close | (origin != highest), numbers.abs() > 4 * least).any()):
+            raise self._mixed(name, unit, reader)
+        return highest
+
+    @staticmethod
+    def _near(ratio: Tensor, codes: Tensor) -> Tensor:
+        if len(codes) == 1:
+            return torch.zeros_like(ratio, dtype=torch.long)
+        right = torch.searchsorted(codes, ratio.contiguous()).clamp(1, len(codes) - 1)
+        return torch.where(ratio - codes[right - 1] < codes[right] - ratio, right - 1, right)
+
+    def _mixed(self, name: str, unit: Layer, reader: str) -> ValueError:
+        return ValueError(
+            f"between {name!r} ({unit.kind}s) and {reader!r}, which reads it, channels are mixed; so no weights of "
+            f"{reader!r} are those that read one {unit.kind}"
+        )
 
 
 def _column_norms(layer: Any) -> Tensor:

@@ -110,7 +110,7 @@ class Scores(ByLayer):
             self.units,
             {name: values[order[name]] for name, values in self.items()},
             {name: values[order[name]] for name, values in self.signed.items()},
-            criterion=f"{self.criterion}, shuffled(seed={seed})",
+            criterion=f"{self.criterion}, shuffled(seed={int(seed)})",
             samples=self.samples,
             has_sign=self.has_sign,
             references=self.references,

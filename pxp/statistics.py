@@ -49,7 +49,8 @@ class Estimate:
         In the middle it is the symmetric one; near 0 and 1 it stays within, and a mean of exactly 0 or 1 over so many
         images has an interval, too.
         """
-        t, m = self._quantile(level), np.clip(self.mean, 0.0, 1.0)
+        m = np.clip(self.mean, 0.0, 1.0)
+        t = np.minimum(self._quantile(level), 1e9)  # of the level 1 it is infinite
         spread = m * (1 - m)
         with np.errstate(divide="ignore", invalid="ignore"):
             number = np.where(self.variance > 0, spread / self.variance, float(self.images or np.inf))
@@ -58,7 +59,7 @@ class Estimate:
         share = t**2 / number
         centre = (m + share / 2) / (1 + share)
         half = np.sqrt(share * (spread + share / 4)) / (1 + share)
-        return np.minimum(centre - half, m), np.maximum(centre + half, m)
+        return np.clip(centre - half, 0.0, m), np.clip(centre + half, m, 1.0)
 
     def p_value(self) -> np.ndarray:
         """Of the mean being 0, two-sided."""

@@ -53,8 +53,9 @@ right with 40 draws of references (or seeds) on 2,000 images, whose mean is the 
 
 {head}{chr(10).join(lines)}
 
-So: ten draws or more. Where single draws collapse, nothing that is built on ten draws of which perhaps none has collapsed can cover; look at
-the runs, not at their mean alone. With few images and accuracies near 1 an interval is a rough guide.
+Each number has an error of about one. So: ten draws or more. Where draws are skewed, intervals stay a little short of what they promise; where
+single draws collapse, nothing that is built on ten draws of which perhaps none has collapsed can cover: look at the runs, not at their mean
+alone.
 
 The numbers are data of the package, `coverage.json`, made by `recipes/coverage.py`.
 """

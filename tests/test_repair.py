@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -302,3 +304,144 @@ def test_what_pruned_outputs_become_behind_an_activation_is_read():
     mask = drawn(pxp.find_components(model, example=X[:1]), 0.5)
     cut, mended = pxp.compact(model, mask, example=X[:1]), pxp.repair(model, mask, X, "least_squares")
     assert lack(model, mended) < 0.1 * lack(model, cut)
+
+
+class Summed(nn.Module):
+    """A layer whose output is not simply added to another."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.how(self.last(x.mean((2, 3))), x)
+
+
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y, x: torch.add(y, x.mean((2, 3)), alpha=-3.0),
+        lambda y, x: torch.add(x.mean((2, 3)), y, alpha=-0.5),
+        lambda y, x: y[:, [7, 6, 5, 4, 3, 2, 1, 0]] + x.mean((2, 3)),
+        lambda y, x: y[:, :1] + x.mean((2, 3)),
+        lambda y, x: (y[:, :, None, None] + x).mean((2, 3)),
+    ],
+    ids=["alpha", "alpha of the layer", "permuted", "part", "broadcast"],
+)
+def test_a_sum_that_is_none_is_not_compensated(how, method):
+    model = randomise(Summed(how))
+    units = pxp.find_components(model, example=X[:1])
+    for images in (X, X[:8]):
+        mask = drawn(units, 0.4)
+        mended = pxp.repair(model, mask, images, method)
+        cut = pxp.compact(model, mask, example=X[:1])
+        assert lack(model, mended, images) <= lack(model, cut, images)
+        # the layer alone, whose output nobody adds to anything
+        with torch.no_grad():
+            kept = (model.first(images).relu() * mask["first"][:, None, None]).mean((2, 3))
+            last = mended.get_submodule("last")
+            given = kept if last.in_features == 8 else kept[:, mask["first"]]
+            rest = model.last(model.first(images).relu().mean((2, 3))) - last(given)
+        assert rest.mean(0).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_that_hardly_vary_do_not_become_noise(dtype):
+    model = randomise(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)))
+    model[0].weight.data.mul_(0.01)
+    model[0].bias.data.add_(4)
+    x = torch.rand(500, 16, dtype=torch.float64)
+    units = pxp.find_components(model, "neuron", example=x[:1])
+    mask = pxp.Mask(units, {"0": torch.arange(16) % 3 > 0})
+    exact = pxp.repair(model, mask, x, "least_squares").get_submodule("2").weight
+    found = pxp.repair(copy.deepcopy(model).to(dtype), mask, x.to(dtype), "least_squares").get_submodule("2").weight
+    assert bool(found.isfinite().all()) and found.abs().max() < 2 * model[2].weight.abs().max()
+    if dtype == torch.float32:
+        assert (found - exact).abs().max() < 1e-2 * exact.abs().max()
+
+
+def test_an_input_that_never_varies_keeps_its_weights():
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(),
+            nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )
+    )  # fmt: skip
+    model[2].weight.data[0] = 0
+    model[2].bias.data[0] = 1.7
+    x = torch.rand(60, 2, 9, 9, dtype=torch.float64)
+    units = pxp.find_components(model, example=x[:1])
+    kept = {name: torch.arange(layer.size) != 3 for name, layer in units.items()}
+    for model_, x_ in ((model, x), (copy.deepcopy(model).float(), x.float())):
+        small = pxp.repair(model_, pxp.Mask(units, kept), x_, "least_squares")
+        assert all(bool(p.isfinite().all()) and float(p.abs().max()) < 10 for p in small.parameters())
+
+
+class OwnNorm(nn.Module):
+    """A BatchNorm that counts by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.momentum, self.eps = 0.1, 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            self.num_batches_tracked += 1
+            share = self.momentum or 1 / float(self.num_batches_tracked)
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+            self.running_mean.mul_(1 - share).add_(share * mean)
+            self.running_var.mul_(1 - share).add_(share * var)
+        scale = self.weight / (var + self.eps).sqrt()
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+def test_statistics_of_a_norm_of_ones_own():
+    def net(norm) -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU(), nn.Flatten()
+        return nn.Sequential(*layers, nn.Linear(512, 5)).double().eval()
+
+    torchs, own = net(nn.BatchNorm2d), net(OwnNorm)
+    found = []
+    for model in (torchs, own):
+        mask = drawn(pxp.find_components(model, example=X[:1]), 0.4)
+        found.append(pxp.repair(model, mask, X, "statistics"))
+    assert lack(*found) < 1e-8 and lack(pxp.compact(own, mask, example=X[:1]), found[1]) > 1e-4
+
+
+def test_arguments_that_make_no_batches(untouched):
+    model, mask = network("convolutional")
+    untouched(model)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {wrong}"):
+            pxp.repair(model, mask, X, batch_size=wrong)
+    flat = randomise(nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)))
+    one = torch.rand(1, 3, 4, 4, dtype=torch.float64)
+    units = pxp.find_components(flat, "neuron", example=one)
+    with pytest.raises(ValueError, match="1 images are too few for BatchNorm's statistics"):
+        pxp.repair(flat, drawn(units, 0.5), one, "statistics")
+
+
+def test_a_transposed_convolution_is_named():
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(2)
+        )
+    )
+    model.append(nn.AdaptiveAvgPool1d(1)).append(nn.Flatten())
+    mask = drawn(pxp.find_components(model, example=X[:1]), 0.4)
+    try:
+        cut = pxp.compact(model, mask, example=X[:1])
+    except ValueError as error:
+        with pytest.raises(ValueError, match="'2'"):
+            pxp.repair(model, mask, X, "least_squares")
+        assert "'2'" in str(error)
+    else:
+        assert lack(model, pxp.repair(model, mask, X, "least_squares")) <= lack(model, cut)

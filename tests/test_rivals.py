@@ -239,3 +239,95 @@ def test_geometric_median_by_hand():
 def test_rivals_are_values(criterion):
     names = vars(pxp)
     assert eval(repr(criterion), dict(names)) == criterion and hash(criterion) == hash(copy.copy(criterion))
+
+
+class Between(nn.Module):
+    """Something between two convolutions."""
+
+    def __init__(self, how, channels: int = 7, read: int = 7) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Conv2d(3, channels, 3), nn.Conv2d(read, 5, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.how(self.a(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("how", "channels", "read"),
+    [
+        (lambda z: z.relu().mean(1, keepdim=True), 7, 1),
+        (lambda z: sum(z.chunk(2, 1)).relu(), 8, 4),
+        (lambda z: z.relu().unflatten(1, (3, 3)).mean(2), 9, 3),
+        (lambda z: z.relu() + z.relu().roll(2, 1), 8, 8),
+        (lambda z: F.layer_norm(z.movedim(1, -1), (7,)).movedim(-1, 1), 7, 7),
+    ],
+    ids=["mean", "sum of halves", "means of three", "shifted", "norm"],
+)
+def test_any_mixture_of_channels_is_refused(how, channels, read):
+    with pytest.raises(ValueError, match=r"between 'a' \(filters\) and 'b', which reads it, channels are mixed"):
+        scored(randomise(Between(how, channels, read)), pxp.WeightedActivation())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        nn.Hardtanh(),
+        lambda z: z.clamp(0, 1),
+        nn.Threshold(3.0, 0.0),
+        lambda z: F.relu(
+            F.batch_norm(z, torch.full((7,), 3.0).double(), torch.ones(7).double(), -torch.ones(7).double())
+        ),
+        lambda z: F.relu(-z),
+        lambda z: z[:, [3, 2, 1, 0, 6, 5, 4]].sigmoid(),
+    ],
+    ids=["hardtanh", "clamp", "threshold", "a norm that turns round", "negative", "permuted"],
+)
+def test_a_layer_that_is_read_is_read_whatever_lies_between(how):
+    model = randomise(Between(how))
+    units = pxp.find_components(model, example=X[:1]).only("a")
+    found = columns(Probe(model, units.trace, units, (X, LABELS)), X[:2])["a"]
+    norms = model.b.weight.detach().square().sum((0, 2, 3))
+    # where a channel alone is large, there it is read
+    moved = how(torch.diag(torch.full((7,), 9.0))[:, :, None, None].double()).flatten(1)
+    still = how(torch.zeros(7, 7, 1, 1).double()).flatten(1)
+    low = how(torch.diag(torch.full((7,), -9.0))[:, :, None, None].double()).flatten(1)
+    where = ((moved - still).abs() + (low - still).abs()).argmax(1)
+    torch.testing.assert_close(found, norms[where])
+
+
+def test_a_transposed_convolution_in_groups_has_columns():
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 2, 2, groups=2), nn.Flatten(), nn.Linear(864, 5))
+    )
+    units = pxp.find_components(model, example=X[:1])
+    found = columns(Probe(model, units.trace, units, (X, LABELS)), X[:2])
+    torch.testing.assert_close(found["0"], model[1].weight.detach().square().flatten(1).sum(1))
+    torch.testing.assert_close(found["1"], model[3].weight.detach().square().sum(0).view(6, -1).sum(1))
+
+
+def test_ablation_where_tracing_misses_something():
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.h = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.a(x).relu()
+            z.flatten(2).add_(1.0)
+            return self.h(self.b(z).mean((2, 3)))
+
+    model = randomise(View())
+    units = pxp.find_components(model, example=X[:1])
+    scores = pxp.attribute(model, (X, LABELS), units, pxp.Ablation())
+    with torch.no_grad():
+        before = F.cross_entropy(model(X), LABELS, reduction="none")
+        kept = dict(pxp.Mask.all(units)) | {"a": torch.arange(6) != 0}
+        with pxp.masked(model, pxp.Mask(units, kept)):
+            rise = F.cross_entropy(model(X), LABELS, reduction="none") - before
+    assert scores.signed["a"][0] == pytest.approx(float(rise.mean()), abs=1e-12)
+
+
+def test_ablation_of_log_probabilities_is_that_of_logits():
+    plain, logs = small(), nn.Sequential(*small(), nn.LogSoftmax(1)).eval()
+    one, other = (scored(model, pxp.Ablation()) for model in (plain, logs))
+    assert all((one.signed[name] - other.signed[name]).abs().max() < 1e-12 for name in one)

@@ -298,3 +298,49 @@ def test_the_shipped_table_is_what_the_recipe_gives():
     for world in ("symmetric", "paired difference"):  # what the text claims
         for draws in (10, 20):
             assert all(0.92 <= share[world, draws, images] <= 0.98 for images in (500, 2000))
+
+
+def by_hand(runs: list[float], draws: tuple[str, ...] = ()) -> pxp.Curve:
+    return pxp.Curve((0.0, 0.5), tuple((0.9, value) for value in runs), draws=draws)
+
+
+def test_draws_count_where_images_are_unknown():
+    values = [0.0, 0.1, 0.2, 0.3, 0.4]
+    first, apart = by_hand(values, tuple("abcde")), by_hand(values, tuple("fghij"))
+    found = pxp.compare(first, apart)
+    half = stats.t.ppf(0.975, 8) * (2 * np.var(np.array(values) / 2, ddof=1) / 5) ** 0.5
+    assert not found.paired and found.difference == 0 and found.high == pytest.approx(half)
+    assert pxp.compare(first, by_hand(values[::-1], tuple("abcde"))).paired
+    assert np.isnan(pxp.compare(first, by_hand([0.3], ("z",))).low)  # one draw tells nothing of draws
+    norm = by_hand([0.3] * 5, ("",) * 5)
+    assert pxp.compare(first, norm).draws == (5, 0) and pxp.compare(norm, by_hand(values[:3], tuple("abc"))).draws == (
+        0,
+        3,
+    )
+    with pytest.raises(ValueError, match="cannot pair 5 runs with 3; draws= would tell"):
+        pxp.compare(by_hand(values), by_hand(values[:3]))
+
+
+def test_the_same_draw_again_tells_nothing_new():
+    hits = some_hits(1)
+    again = curve(np.repeat(hits, 5, axis=0), ("h",) * 5)
+    assert again.rows == [0] and np.isnan(again.a_pr_interval()).all() and "no interval below 3 draws" in repr(again)
+    three = some_hits(3)
+    more = curve(np.concatenate([three, three[:1]]), ("a", "b", "c", "a"))
+    assert more.a_pr_interval() == curve(three, tuple("abc")).a_pr_interval()
+
+
+def test_what_nobody_knows_is_no_pair():
+    unknown = [curve(some_hits(5, seed=seed), ("unknown",) * 5) for seed in (0, 1)]
+    found = pxp.compare(*unknown)
+    assert not found.paired and found.draws == (5, 5)
+    assert not pxp.compare(unknown[0], curve(some_hits(5), ())).paired
+    assert np.isnan(curve(some_hits(1), ()).a_pr_interval()).all()  # perhaps a draw, perhaps none
+
+
+def test_ends_of_the_scale():
+    assert curve(some_hits(4), tuple("abcd")).a_pr_interval(1.0) == pytest.approx((0, 1), abs=1e-6)
+    low, high = curve(np.ones((4, 2, 50)), tuple("abcd")).interval()
+    assert (high == 1).all() and (low < 1).all()
+    with pytest.raises(ValueError, match="are those of no image"):
+        pxp.Curve.of_hits((0.0,), np.zeros((1, 1, 0), dtype=bool))

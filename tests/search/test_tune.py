@@ -893,7 +893,7 @@ ALIKE = {
 def test_settings_that_look_alike_are_not_the_same(ready, make):
     run = tune_module._Trials(
         *ready, space=lambda trial: make(trial.suggest_categorical("e", [0.5, 2.0, 0.5000001])),
-        objectives=[Objective("a_pr")], rates=RATES, fixed={}, classes=None, batch_size=8,
+        objectives=[Objective("a_pr")], rates=RATES, fixed={}, classes=None, batch_size=8, mended=None,
     )  # fmt: skip
     measured = []
     run.scores = lambda criterion: measured.append(criterion) or pxp.attribute(ready[0], None, ready[2], pxp.Random())
