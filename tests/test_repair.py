@@ -315,18 +315,19 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
-        return self.how(self.last(x.mean((2, 3))), x)
+        mean = x.mean((2, 3))
+        return self.how(self.last(mean), x, mean)
 
 
 @pytest.mark.parametrize("method", ["mean", "least_squares"])
 @pytest.mark.parametrize(
     "how",
     [
-        lambda y, x: torch.add(y, x.mean((2, 3)), alpha=-3.0),
-        lambda y, x: torch.add(x.mean((2, 3)), y, alpha=-0.5),
-        lambda y, x: y[:, [7, 6, 5, 4, 3, 2, 1, 0]] + x.mean((2, 3)),
-        lambda y, x: y[:, :1] + x.mean((2, 3)),
-        lambda y, x: (y[:, :, None, None] + x).mean((2, 3)),
+        lambda y, x, mean: torch.add(y, mean, alpha=-3.0),
+        lambda y, x, mean: torch.add(mean, y, alpha=-0.5),
+        lambda y, x, mean: y[:, [7, 6, 5, 4, 3, 2, 1, 0]] + mean,
+        lambda y, x, mean: y[:, :1] + mean,
+        lambda y, x, mean: (y[:, :, None, None] + x).mean((2, 3)),
     ],
     ids=["alpha", "alpha of the layer", "permuted", "part", "broadcast"],
 )
