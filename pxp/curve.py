@@ -196,7 +196,7 @@ class Curve:
         """Interval of the accuracy at each rate; two arrays (rates,).
 
         It covers both sources of variation, which references (or seeds) were drawn and which images the accuracy is
-        measured on, see :mod:`pxp.statistics`; of a criterion that depends on no draw, the images; of a curve without
+        measured on, see ``pxp.statistics``; of a criterion that depends on no draw, the images; of a curve without
         hits, the draws. How often it holds what it promises, the book shows: from ten draws and 500 images on mostly,
         not where some draws collapse. ``level`` is a fraction, 0.95 for 95 %. With fewer than three draws of a
         criterion that depends on them nobody can tell: NaN.

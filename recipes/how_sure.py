@@ -21,7 +21,7 @@ def page(found: dict) -> str:
     images = sorted({row["images"] for row in rows})
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     share = {(row["world"], row["draws"], row["images"]): row["covered"] for row in rows}
-    head = "| | draws | " + " | ".join(f"{number:,} images" for number in images) + " |\n"
+    head = "| | draws | " + " | ".join(f"{number:,}" for number in images) + " |\n"
     head += "| --- " * (2 + len(images)) + "|\n"
     lines = [
         f"| {world if number == draws[0] else ''} | {number} | "
@@ -49,7 +49,7 @@ factors, and t's distribution with Satterthwaite's degrees of freedom; for accur
 
 An interval of 95 % should hold the truth 95 times of 100. How often it does, in per cent of {found["repetitions"]:,} repetitions: first in made-up
 worlds, in which every draw has its accuracy and every image its difficulty; then drawn with replacement from what the shipped VGG got
-right with 40 draws of references (or seeds) on 2,000 images, whose mean is the truth there.
+right with 40 draws of references (or seeds) on 2,000 images, whose mean is the truth there. Columns: images that the interval is computed from.
 
 {head}{chr(10).join(lines)}
 
