@@ -58,8 +58,7 @@ def repair(
         never those that tune or report. All of them, at two depths of the network, are in memory at once.
     method : {"statistics", "mean", "least_squares"}, default "statistics"
         ``"statistics"``: BatchNorm's means and variances anew, in one forward pass of the masked network. Needs
-        BatchNorm.
-        Where the images are others than those that the network was trained on, so are their statistics.
+        BatchNorm, and images like those that the network was trained on.
         ``"mean"``: every layer that reads pruned outputs gets the bias with which its mean output is what it was.
         Layers without a bias stay as they are.
         ``"least_squares"``: every layer that reads pruned outputs gets the weights, drawn towards the old ones
