@@ -1,4 +1,4 @@
-"""How often intervals hold what they promise: ``python recipes/coverage.py`` writes ``pxp/assets/coverage.json``.
+"""How often intervals hold what they promise: ``python recipes/coverage.py`` writes ``pxp/assets/evidence/coverage.json``.
 
 Two ways. Made-up worlds, of which the truth is known: every draw has an accuracy, every image a difficulty, and both
 vary. And real ones: the hits of the shipped curves are taken for the whole world (their mean is the truth), and draws
@@ -137,7 +137,7 @@ def main() -> None:
             rows.append({"world": name, "draws": draws, "images": images, "covered": round(share, 3)})
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     text = f'{{"level": 0.95, "repetitions": {REPETITIONS}, "rows": [\n{lines}\n]}}\n'
-    (ASSETS / "coverage.json").write_text(text, encoding="utf8")
+    (ASSETS / "evidence" / "coverage.json").write_text(text, encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ PAGE = Path(__file__).resolve().parent.parent / "book" / "how-sure.md"
 
 def stored() -> dict:
     """What ``coverage.py`` has found."""
-    return json.loads((ASSETS / "coverage.json").read_text(encoding="utf8"))
+    return json.loads((ASSETS / "evidence" / "coverage.json").read_text(encoding="utf8"))
 
 
 def page(found: dict) -> str:
@@ -57,7 +57,7 @@ Each number has an error of about one. So: ten draws or more. Where draws are sk
 single draws collapse, nothing that is built on ten draws of which perhaps none has collapsed can cover: look at the runs, not at their mean
 alone.
 
-The numbers are data of the package, `coverage.json`, made by `recipes/coverage.py`.
+The numbers are data of the package, `evidence/coverage.json`, made by `recipes/coverage.py`.
 """
 
 

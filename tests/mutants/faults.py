@@ -164,7 +164,7 @@ FAULTS = [
           "            if columns is not None:  # pruned heads", "            if False:  # pruned heads",
           "test_repair.py -k closer"),
     Fault("repair forgets the means", "repair.py",
-          "                xr = xr - self.x[:, :, None] * shift[:, None]", "                pass", "test_repair.py -k by_hand"),
+          "                xr = xr - self.x[:, :, None] * shift[:, None]", "                pass", "test_repair.py -k closer"),
     Fault("statistics are those of the whole network", "repair.py",
           "    with masked(twin, mask):", "    if True:", "test_repair.py -k statistics"),
     Fault("a sum is compensated that is none", "repair.py",
