@@ -1,4 +1,4 @@
-"""How often intervals hold what they promise: ``python recipes/coverage.py`` writes ``pxp/assets/evidence/coverage.json``.
+"""How often intervals hold: ``python recipes/coverage.py`` writes ``pxp/assets/evidence/coverage.json``.
 
 Two ways. Made-up worlds, of which the truth is known: every draw has an accuracy, every image a difficulty, and both
 vary. And real ones: the hits of the shipped curves are taken for the whole world (their mean is the truth), and draws
