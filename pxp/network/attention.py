@@ -190,7 +190,7 @@ class Described(Attention):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         form = self.form
-        given = {**dict(zip(form.takes, args, strict=False)), **options}
+        given = {**dict(zip(form.takes[: len(args)], args[: len(form.takes)], strict=True)), **options}
         unknown = [name for name, value in options.items() if name not in form.takes and value is not None]
         if unknown or len(args) > len(form.takes):
             what = ", ".join(map(repr, unknown)) or f"{len(args) + 1} arguments"
