@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .compaction.compact import Blueprint
+from .compaction.graph import last_part, run_node
 from .criteria import Criterion
 from .masks import Mask, masked
 from .network.check import same_outputs
 from .network.components import Components
-from .network.layers import Sequential
 from .network.outputs import logits_of
 from .network.replica import evaluating, replica
 from .network.silence import reader_of, without_heads
@@ -112,17 +111,10 @@ class Suffixes:
         modules = dict(self.twin.named_modules())
         for name, layer in units.items():
             places = (name,) if reader_of(modules[name]) is not None else layer.site
-            wanted = {self._last(place, modules) for place in places}
+            wanted = {last_part(place, modules) for place in places}
             self.at[name] = {node for node in self.nodes if node.op == "call_module" and str(node.target) in wanted}
             if {str(node.target) for node in self.at[name]} != wanted:
                 raise ValueError(f"{name!r} is not called in the graph")
-
-    @staticmethod
-    def _last(place: str, modules: dict[str, Any]) -> str:
-        """Where BatchNorm was merged, what timm's held besides stands at its place."""
-        while isinstance(modules[place], Sequential):
-            place = f"{place}.{list(modules[place]._modules)[-1]}"
-        return place
 
     def __call__(self, images: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         values = self._values(images)
@@ -136,7 +128,7 @@ class Suffixes:
     def _values(self, images: Tensor) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {}
         for node in self.nodes:
-            values[node] = self._run(node, values, images)
+            values[node] = run_node(node, self.twin, values, images)
         return values
 
     def _of(self, name: str, images: Tensor, values: dict[fx.Node, Any]) -> Iterator[Tensor]:
@@ -158,27 +150,13 @@ class Suffixes:
             if silenced and reader is not None:
                 weight, kept = reader.weight, torch.arange(self.units[name].size) != index
                 reader.weight = nn.Parameter(without_heads(weight, kept), requires_grad=False)
-                own[node] = self._run(node, known, images)
+                own[node] = run_node(node, self.twin, known, images)
                 reader.weight = weight
                 continue
             # a shared layer reads, the second time, what its first output has become
             stale = any(source in own for source in node.all_input_nodes)
-            own[node] = self._run(node, known, images) if stale else values[node]
+            own[node] = run_node(node, self.twin, known, images) if stale else values[node]
             if silenced:
                 own[node] = own[node].clone()
                 own[node].select(1 if self.units[name].kind == "filter" else -1, index).zero_()
         return own[self.nodes[-1]]
-
-    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any], images: Tensor) -> Any:
-        if node.op == "placeholder":
-            return images.clone() if node is self.nodes[0] else node.args[0] if node.args else None
-        if node.op == "get_attr":
-            return attrgetter(str(node.target))(self.twin)
-        args: Any = fx.map_arg(node.args, values.__getitem__)
-        options: Any = fx.map_arg(node.kwargs, values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_module":
-            return self.twin.get_submodule(str(node.target))(*args, **options)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **options)
-        return args[0] if node.op == "output" else target(*args, **options)

@@ -87,6 +87,7 @@ class Comparisons(Mapping[tuple[str, str], Comparison]):
         lines = [f"{'first':<{first}}  {'second':<{second}}  A_PR difference          adjusted for {len(self)}"]
         for (one, other), row in self.rows.items():
             found = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+            found = f"{row.difference:+.3f} no interval      " if np.isnan(row.low) else found
             lines.append(f"{one:<{first}}  {other:<{second}}  {found}  {_p(row.adjusted)}")
         return "\n".join([*lines, *sorted({row._basis() for row in self.rows.values()})])
 

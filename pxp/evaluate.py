@@ -122,9 +122,8 @@ def pruning_curve(
         _refuse_seen(model, several, data, classes, batch_size, mended)
     if mended is not None:
         settings["repair"] = f"{mended[0]}, {len(mended[1])} images"
-    sweep = Sweep(
-        model, data, classes=classes, batch_size=batch_size, mended=mended
-    )  # runs share the unpruned network, and more
+    # runs share the unpruned network, and more
+    sweep = Sweep(model, data, classes=classes, batch_size=batch_size, mended=mended)
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
         right = torch.stack([sweep.hits(row, ahead.update) for row in masks]).numpy()
     about: dict = {"criterion": several[0].criterion, "settings": settings, "draws": tuple(one.draw for one in several)}

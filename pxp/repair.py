@@ -12,7 +12,6 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from .bars import bar
 from .batches import BATCH_SIZE, Data, checked, whole
 from .compaction.compact import Blueprint, finished
 from .compaction.cut import is_ordinary
+from .compaction.graph import run_node
 from .criteria import as_count
 from .masks import Mask, masked
 from .network.attention import Attention
@@ -224,8 +224,9 @@ class _Refit:
 
     def run(self) -> nn.Module:
         """Refit what reads pruned outputs, in the order of execution; the twin."""
-        expected: dict[fx.Node, list[Any]] = {}  # what every operation of the whole network gives, for each batch
-        found: dict[fx.Node, list[Any]] = {}
+        # for each batch, what every operation of the whole network gives, and of the pruned one
+        expected: list[dict[fx.Node, Any]] = [{} for _ in self.parts]
+        found: list[dict[fx.Node, Any]] = [{} for _ in self.parts]
         last = {source: node for node in self.graph.nodes for source in node.all_input_nodes}
         pruned: set[fx.Node] = set()  # tensors of which the mask has taken something
         with evaluating(self.whole), evaluating(self.twin):
@@ -233,20 +234,25 @@ class _Refit:
                 reads = any(source in pruned for source in node.all_input_nodes)
                 layer = self._refitted(node, reads)
                 with _noted(self.whole, layer) as targets, _noted(self.twin, layer) as seen:
-                    expected[node] = self._outputs(node, self.whole, expected)
-                    found[node] = self._outputs(node, self.twin, found)
+                    self._run(node, self.whole, expected)
+                    self._run(node, self.twin, found)
                 if layer is not None:
                     wanted = [output for _, output in targets]
-                    other = self._summand(node, found)
+                    other = self._summand(node, found[0])
                     if other is not None:  # what the other summand lacks
-                        wanted = [w + (a - b) for w, a, b in zip(wanted, expected[other], found[other], strict=True)]
+                        wanted = [w + (a[other] - b[other]) for w, a, b in zip(wanted, expected, found, strict=True)]
                     self._fit(layer, wanted, seen)
-                    found[node] = self._outputs(node, self.twin, found)
+                    self._run(node, self.twin, found)
                 if self._prunes(node, reads):
                     pruned.add(node)
                 for source in [source for source in node.all_input_nodes if last[source] is node]:
-                    del expected[source], found[source]
+                    for values in (*expected, *found):
+                        del values[source]
         return self.twin
+
+    def _run(self, node: fx.Node, root: nn.Module, values: list[dict[fx.Node, Any]]) -> None:
+        for known, part in zip(values, self.parts, strict=True):
+            known[node] = run_node(node, root, known, part)
 
     def _refitted(self, node: fx.Node, reads: bool) -> str | None:
         """The layer that is refitted where this operation runs, if any."""
@@ -261,7 +267,7 @@ class _Refit:
         flat = isinstance(module, LINEAR) or (isinstance(module, CONVOLUTIONS) and module.weight.ndim in (3, 4))
         return layer if flat and is_ordinary(module) else None
 
-    def _summand(self, node: fx.Node, found: dict[fx.Node, list[Any]]) -> fx.Node | None:
+    def _summand(self, node: fx.Node, found: dict[fx.Node, Any]) -> fx.Node | None:
         """What is added to the output of an operation, if that is known by now."""
         shape = node.meta.get("shape")  # an attention may give a tuple, with what it computes first
         while len(node.users) == 1:
@@ -281,29 +287,6 @@ class _Refit:
         """Whether something is missing in what an operation gives: its own outputs, or what it read and passes on."""
         name = str(node.target) if node.op == "call_module" else ""
         return name in self.kept or (reads and not isinstance(self.modules.get(name), (*LAYERS, Attention)))
-
-    def _outputs(self, node: fx.Node, root: nn.Module, values: dict[fx.Node, list[Any]]) -> list[Any]:
-        """What an operation gives for every batch."""
-        if node.op == "placeholder":  # what the model takes beside the images has its default
-            return [part.clone() for part in self.parts] if not values else [*node.args[:1], None][:1] * len(self.parts)
-        made: list[Any] = []
-        target: Any = node.target
-        for index in range(len(self.parts)):
-
-            def own(source: fx.Node, at: int = index) -> Any:
-                return values[source][at]
-
-            args: Any = fx.map_arg(node.args, own)
-            options: Any = fx.map_arg(node.kwargs, own)
-            if node.op == "get_attr":
-                made.append(attrgetter(str(node.target))(root))
-            elif node.op == "call_module":
-                made.append(root.get_submodule(str(node.target))(*args, **options))
-            elif node.op == "call_method":
-                made.append(getattr(args[0], str(node.target))(*args[1:], **options))
-            else:
-                made.append(args[0] if node.op == "output" else target(*args, **options))
-        return made
 
     def _fit(self, name: str, targets: list[Tensor], seen: list[tuple[Tensor, Tensor]]) -> None:
         """Give a layer the weights with which it is closest to what it gave in the whole network."""

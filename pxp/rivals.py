@@ -106,7 +106,10 @@ class GeometricMedian(Criterion):
     def values(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         # the direct way, since the one by products loses small distances
         yield {
-            name: torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").mean(1)[None, None]
+            name: (
+                torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").sum(1)[None, None]
+                / max(1, len(weight) - 1)
+            )
             for name, weight in probe.weights(folded=self.folded).items()
         }
 

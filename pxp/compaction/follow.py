@@ -34,13 +34,12 @@ from ..network.layers import (
     SCALES,
     TRANSPOSED,
     Identity,
-    Sequential,
     is_elementwise,
     qualified,
 )
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, check_units, cut_layer, entries, fewer_heads, fewer_units, is_layer, is_ordinary
-from .graph import Shape, place
+from .graph import Shape, last_part, place
 
 # operations that give parts of a tensor, each a range of one of its dimensions
 PARTS = {
@@ -117,10 +116,7 @@ class Compactor:
             layer = mask.units[name]
             if layer.kind != "head" and name not in self.last and not bool(kept.all()):
                 for site in layer.site:
-                    # where BatchNorm was merged, an identity or what timm's BatchNorm held stands at the site
-                    while isinstance(self.modules[site], Sequential):
-                        site = f"{site}.{list(self.modules[site]._modules)[-1]}"
-                    self.sites.setdefault(site, []).append(name)
+                    self.sites.setdefault(last_part(site, self.modules), []).append(name)
 
     def run(self) -> tuple[dict[str, Any], fx.Graph]:
         """The new network's parts, module or tensor, under the names that its graph calls them by; and the graph."""

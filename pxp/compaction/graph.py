@@ -8,7 +8,7 @@ import math
 import operator
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,16 @@ from torch.nn import functional as F
 from ..network.attention import Attention
 from ..network.fold import Merged
 from ..network.gated import hide_hidden, is_gated, last_layer
-from ..network.layers import BATCH_NORMS, IDENTITIES, SCALES, WHOLE, is_activation, is_normalisation, qualified
+from ..network.layers import (
+    BATCH_NORMS,
+    IDENTITIES,
+    SCALES,
+    WHOLE,
+    Sequential,
+    is_activation,
+    is_normalisation,
+    qualified,
+)
 from ..network.replica import replica
 from .channels import Affine, Constant, Expand, Join, Select, Switch
 from .cut import is_layer
@@ -280,17 +289,34 @@ class _Tracer(fx.Tracer):
         return values[wanted]
 
     def _run(self, node: fx.Node, images: Tensor, values: dict[fx.Node, Any]) -> Any:
-        args: Any = fx.map_arg(node.args, values.__getitem__)
-        options: Any = fx.map_arg(node.kwargs, values.__getitem__)
-        if node.op == "placeholder":
+        return run_node(node, self.root, values, images)
+
+
+def run_node(node: fx.Node, root: nn.Module, values: Mapping[fx.Node, Any], images: Tensor) -> Any:
+    """What one operation of a graph gives; of the first placeholder a copy of the images, of others their default."""
+    args: Any = fx.map_arg(node.args, values.__getitem__)
+    options: Any = fx.map_arg(node.kwargs, values.__getitem__)
+    target: Any = node.target
+    match node.op:
+        case "placeholder":
             first = not any(other.op == "placeholder" for other in values)
             return images.clone() if first else args[0] if args else None
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **options)
-        target: Any = node.target
-        return getattr(args[0], target)(*args[1:], **options) if node.op == "call_method" else target(*args, **options)
+        case "get_attr":
+            return operator.attrgetter(str(target))(root)
+        case "call_module":
+            return root.get_submodule(str(target))(*args, **options)
+        case "call_method":
+            return getattr(args[0], target)(*args[1:], **options)
+        case "output":
+            return args[0]
+    return target(*args, **options)
+
+
+def last_part(place: str, modules: Mapping[str, nn.Module]) -> str:
+    """What gives the output of a place; where BatchNorm was merged, what timm's held besides."""
+    while isinstance(modules[place], Sequential):
+        place = f"{place}.{list(modules[place]._modules)[-1]}"
+    return place
 
 
 def _is_random(module: nn.Module) -> bool:
