@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .compaction.compact import Blueprint
-from .compaction.graph import last_part, run_node
+from .compaction.nodes import last_part, run_node
 from .criteria import Criterion
 from .masks import Mask, masked
 from .network.check import same_outputs

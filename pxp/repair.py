@@ -22,7 +22,7 @@ from .bars import bar
 from .batches import BATCH_SIZE, Data, checked, whole
 from .compaction.compact import Blueprint, finished
 from .compaction.cut import is_ordinary
-from .compaction.graph import run_node
+from .compaction.nodes import run_node
 from .criteria import as_count
 from .masks import Mask, masked
 from .network.attention import Attention

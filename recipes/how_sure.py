@@ -36,13 +36,14 @@ def page(found: dict) -> str:
 <!-- Written by `python recipes/how_sure.py`; edit that. -->
 
 Two things vary when a criterion is measured: which reference samples (or seeds) were drawn, and which images the accuracy was measured
-on. A curve keeps which image was right in which run, and its intervals cover both: a two-way analysis of variance with two random
+on. A curve that `pxp.pruning_curve` makes keeps which image was right in which run, and its intervals cover both: a two-way analysis of variance with two random
 factors, and t's distribution with Satterthwaite's degrees of freedom; for accuracies in Wilson's form, which stays between 0 and 1.
 
 - {{func}}`pxp.compare` looks at the difference of two criteria. Where run $i$ of both saw the same references, what they have in common
   cancels, draw by draw and image by image. Where the draws have nothing in common, as a lottery's and a criterion's, their parts add up.
 - A criterion that depends on no draw, as the magnitude of weights, has the images' part alone.
 - Below three draws of a criterion that depends on them nothing can be said, and nothing is: no interval, no band in a figure.
+- A curve without these hits, made by hand or by an earlier version as the shipped ones were, has the draws' part alone, and says so.
 - {{func}}`pxp.compare_all` adjusts the p-values for the number of comparisons (Holm).
 
 ## Do they hold what they promise?
@@ -53,7 +54,8 @@ right with 40 draws of references (or seeds) on 2,000 images, whose mean is the 
 
 {head}{chr(10).join(lines)}
 
-Each number has an error of about one. So: ten draws or more. Where draws are skewed, intervals stay a little short of what they promise; where
+Each number has an error of about one, of two where it is near 50. Ten draws or more are enough where draws vary evenly, and for differences in
+pairs. Where draws are skewed, intervals stay short of what they promise; where
 single draws collapse, nothing that is built on ten draws of which perhaps none has collapsed can cover: look at the runs, not at their mean
 alone.
 

@@ -446,3 +446,21 @@ def test_a_transposed_convolution_is_named():
         assert "'2'" in str(error)
     else:
         assert lack(model, pxp.repair(model, mask, X, "least_squares")) <= lack(model, cut)
+
+
+def test_a_forward_pass_that_keeps_a_shape():
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
+            self.about = {"shape": None}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen, self.about["shape"] = x.shape, x.shape
+            return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+    model = randomise(Keeps())
+    mask = drawn(pxp.find_components(model, example=X[:1]), 0.4)
+    cut = pxp.compact(model, mask, example=X[:1])
+    for method in ("mean", "least_squares"):
+        assert lack(model, pxp.repair(model, mask, X, method)) < lack(model, cut)

@@ -39,7 +39,8 @@ from ..network.layers import (
 )
 from .channels import Affine, Constant, Expand, Join, Select
 from .cut import check_heads, check_units, cut_layer, entries, fewer_heads, fewer_units, is_layer, is_ordinary
-from .graph import Shape, last_part, place
+from .graph import Shape, place
+from .nodes import last_part
 
 # operations that give parts of a tensor, each a range of one of its dimensions
 PARTS = {

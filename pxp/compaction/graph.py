@@ -8,7 +8,7 @@ import math
 import operator
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,6 @@ from ..network.layers import (
     IDENTITIES,
     SCALES,
     WHOLE,
-    Sequential,
     is_activation,
     is_normalisation,
     qualified,
@@ -34,6 +33,7 @@ from ..network.layers import (
 from ..network.replica import replica
 from .channels import Affine, Constant, Expand, Join, Select, Switch
 from .cut import is_layer
+from .nodes import run_node
 
 IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -104,6 +104,7 @@ def _traced(twin: nn.Module, images: Tensor, layers: tuple[str, ...], defaults: 
         node.meta["dtype"] = dtype
         node.meta["shape"] = tuple((2 * a - b, b - a) for a, b in zip(one, two, strict=True))
         node.meta["same"] = node not in watch.changed
+    _without_proxies(root, twin)
     # in training a model may count its steps: a copy does
     switches = _in_training(copy.deepcopy(twin), graph, _Tracer(images, layers, defaults, training=True))
     _without_in_place(graph)
@@ -292,31 +293,25 @@ class _Tracer(fx.Tracer):
         return run_node(node, self.root, values, images)
 
 
-def run_node(node: fx.Node, root: nn.Module, values: Mapping[fx.Node, Any], images: Tensor) -> Any:
-    """What one operation of a graph gives; of the first placeholder a copy of the images, of others their default."""
-    args: Any = fx.map_arg(node.args, values.__getitem__)
-    options: Any = fx.map_arg(node.kwargs, values.__getitem__)
-    target: Any = node.target
-    match node.op:
-        case "placeholder":
-            first = not any(other.op == "placeholder" for other in values)
-            return images.clone() if first else args[0] if args else None
-        case "get_attr":
-            return operator.attrgetter(str(target))(root)
-        case "call_module":
-            return root.get_submodule(str(target))(*args, **options)
-        case "call_method":
-            return getattr(args[0], target)(*args[1:], **options)
-        case "output":
-            return args[0]
-    return target(*args, **options)
+def _without_proxies(root: nn.Module, original: nn.Module) -> None:
+    """Take back what the traced forward pass has kept of itself, such as a shape, in attributes."""
+    modules = dict(original.named_modules())
+    for name, module in root.named_modules():
+        for key, value in list(vars(module).items()):
+            if key.startswith("_") and key in vars(nn.Module()):
+                continue
+            if _holds_proxy(value):
+                del module.__dict__[key]
+                if name in modules and key in vars(modules[name]):
+                    module.__dict__[key] = vars(modules[name])[key]
 
 
-def last_part(place: str, modules: Mapping[str, nn.Module]) -> str:
-    """What gives the output of a place; where BatchNorm was merged, what timm's held besides."""
-    while isinstance(modules[place], Sequential):
-        place = f"{place}.{list(modules[place]._modules)[-1]}"
-    return place
+def _holds_proxy(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds_proxy(part) for part in value)
+    return isinstance(value, fx.Proxy)
 
 
 def _is_random(module: nn.Module) -> bool:

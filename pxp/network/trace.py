@@ -10,15 +10,15 @@ from functools import cached_property
 from threading import get_ident
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .attention import Attention
 from .layers import LAYERS, LINEAR, TRANSPOSED, is_activation, is_batch_norm
 from .outputs import tensors
+from .readings import read_values
 from .replica import eager, out_of_memory, replica
-from .signals import UNSEEN, Signal, Signals, by_keyword, without_functions
+from .signals import UNSEEN, Signal, Signals, by_keyword
 
 T = TypeVar("T")
 
@@ -169,45 +169,6 @@ class _Uses(Signals):
         return result
 
 
-class _Constants(Signals):
-    """Notes what operations on signals take beside them: numbers, and sums of tensors that follow from no image."""
-
-    def __init__(self, twin: nn.Module, images: Tensor) -> None:
-        super().__init__(twin, images)
-        self.taken: list[tuple[str, str, tuple[float, ...]]] = []  # module, operation, what it takes
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        given = [*args, *(kwargs or {}).values()]
-        if any(self.of(tensor) is not None for tensor in tensors(given)):
-            numbers = [value for value in given if isinstance(value, float)]
-            others = [t for t in tensors(given) if t.is_floating_point() and self.of(t) is None]
-            with without_functions():
-                numbers += [float(t.sum()) for t in others if not isinstance(t, nn.Parameter)]
-            self.taken.append((self.inside[-1], getattr(func, "__name__", str(func)), tuple(numbers)))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _read_values(model: nn.Module, images: Tensor) -> set[tuple[str, str]]:
-    """Operations that take numbers which left torch (by ``item`` or ``numpy``) and are others for other images.
-
-    Only as far as two images let the same operations run; what differs afterwards, every explaining pass shows.
-    """
-    generator = torch.Generator().manual_seed(0)
-    runs = []
-    for _ in range(2):
-        twin, noise = replica(model), torch.rand(images.shape, generator=generator).to(images)
-        runs.append(_Constants(twin, noise))
-        with torch.no_grad(), eager(), runs[-1].watching():
-            twin(noise)
-    found = set()
-    for (name, what, one), (*same, other) in zip(runs[0].taken, runs[1].taken, strict=False):
-        if [name, what] != same:
-            break
-        if one != other and not (np.isnan(one).any() or np.isnan(other).any()):
-            found.add((name, f"{what.strip('_')} with numbers read from the images (.item(), .numpy())"))
-    return found
-
-
 def trace(model: nn.Module, images: Tensor) -> Trace:
     """Run one batch through a replica of ``model`` and note what runs in which order and what feeds what."""
     twin = replica(model)
@@ -265,7 +226,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     unseen = Signal(faults=frozenset({("", UNSEEN)}))
     reached = uses.of(answer if answer is None else uses.logits(answer)) or unseen
     faults: dict[str, dict[str, None]] = {}
-    for name, what in sorted(reached.faults | (_read_values(model, images) if uses.asked else set())):
+    for name, what in sorted(reached.faults | (read_values(model, images) if uses.asked else frozenset())):
         faults.setdefault(name, {})[what] = None
 
     its_own = [name for name, module in modules.items() if isinstance(module, LAYERS)]

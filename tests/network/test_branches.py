@@ -124,6 +124,11 @@ LEAVING = {
     "item": lambda h, x: h * h.mean().item(),
     "tolist": lambda h, x: h + h.mean().tolist(),
     "numpy": lambda h, x: h * torch.from_numpy(h.detach().numpy()),
+    "numpy's number": lambda h, x: h * h.detach().numpy().mean(),
+    "a parameter": lambda h, x: h * nn.Parameter(torch.tensor(h.mean().item())),
+    "a whole number": lambda h, x: h * int((h * 1000).sum()),
+    "a part of it": lambda h, x: h * (int(h.mean().item() * 1e5) / 1e5),
+    "a small tensor": lambda h, x: h * torch.tensor(int(float(x.mean()) * 80), dtype=torch.uint8),
     "a sum of numbers": lambda h, x: h / sum(row.sum().item() for row in x),
 }
 
@@ -152,6 +157,23 @@ def test_numbers_that_only_decide_or_never_change_are_no_such():
 
     x, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
     assert torch.equal(*(pxp.heatmap(net().eval(), x, labels, LRP0) for net in (Asks, Plain)))
+
+
+def test_numbers_that_are_read_for_others_are_no_faults():
+    calls = [0]
+
+    class Logs(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.features(x)
+            mean = h.mean().item()
+            self.spread = float((h - mean).square().mean())  # for a log
+            self.share = float((h > 0.9 * float(h.amax())).float().mean())
+            self.seen = x.shape
+            calls[0] += 1
+            return self.head(h * (1 - 1 / (1e12 + calls[0])))
+
+    x, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    assert relative(*(pxp.heatmap(net().eval(), x, labels, LRP0) for net in (Logs, Net))) < 1e-5
 
 
 class Loud(Net):
