@@ -9,12 +9,10 @@ images"``. Until a task is complete they are kept as ``runs/repair-TASK.json``; 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from results import SEEDS, TASKS
+from results import SEEDS, TASKS, command
 
 import pxp
 from pxp.data import ASSETS
@@ -77,8 +75,4 @@ def measure(task: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    torch.set_num_threads(1)
-    for each in parser.parse_args().tasks:
-        measure(each)
+    command(measure, __doc__)

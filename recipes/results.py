@@ -96,9 +96,14 @@ def measure(task: str) -> None:
     pxp.save_curves(curves, ASSETS / "curves" / f"{task}.json")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(each: Callable[[str], None], description: str | None) -> None:
+    """Do something for every task that the command line names."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     torch.set_num_threads(1)
-    for each in parser.parse_args().tasks:
-        measure(each)
+    for task in parser.parse_args().tasks:
+        each(task)
+
+
+if __name__ == "__main__":
+    command(measure, __doc__)

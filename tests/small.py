@@ -1,10 +1,11 @@
-"""A small network around something that is to be tried."""
+"""Small networks that several tests share, and one around something that is to be tried."""
 
 from __future__ import annotations
 
 import torch
 from conftest import without_biases
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Calls(nn.Module):
@@ -14,6 +15,19 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+class Switched(nn.Module):
+    """One convolution that runs twice, each time with a BatchNorm of its own: neither can be merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+        self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(self.twice(F.relu(self.stem(x)))))
+        return self.fc(self.second(self.twice(x)).mean((2, 3)))
 
 
 def around(middle: nn.Module, biases: bool = True) -> nn.Module:

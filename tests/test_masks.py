@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import MODES, network, only, randomise, relative
 from oracle import Oracle
-from torch import Tensor, nn
-from torch.nn import functional as F
+from small import Switched
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from vits import MODELS, Encoder, images_of, lively, two_blocks
 
@@ -234,19 +234,6 @@ def test_the_mask_of_a_nan_is_zero():
     kept["features.0"][3] = False
     with pxp.masked(model, pxp.Mask(units, kept)):
         assert bool(model(x).isfinite().all())
-
-
-class Switched(nn.Module):
-    """One convolution that runs twice, each time with a BatchNorm of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.twice, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
-        self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.first(self.twice(F.relu(self.stem(x)))))
-        return self.fc(self.second(self.twice(x)).mean((2, 3)))
 
 
 def test_a_shared_layer_is_masked_at_each_of_its_norms():

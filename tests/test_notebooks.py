@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import tomllib
@@ -72,7 +73,9 @@ class Offline:
     def load_dataset(self, name, root=None):
         return pxp.load_dataset(name, root=self.root)
 
-    def load_model(self, name, weights=None):
+    @staticmethod
+    @functools.cache
+    def load_model(name, weights=None):
         return pxp.load_model(name)
 
     def reference_samples(self, data, per_class=1, classes=None, seed=0):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import Switched
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import MobileNetV2
@@ -243,19 +244,6 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.twice(F.gelu(self.twice(torch.relu(self.stem(x))))).amax((2, 3)))
-
-
-class Switched(nn.Module):
-    """One convolution that runs twice, each time with a BatchNorm of its own: neither can be merged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.twice, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
-        self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.first(self.twice(F.relu(self.stem(x)))))
-        return self.fc(self.second(self.twice(x)).mean((2, 3)))
 
 
 class Gated(nn.Module):
