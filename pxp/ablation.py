@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,26 +137,66 @@ class Suffixes:
             if any(source in depends for source in node.all_input_nodes):
                 depends.add(node)
         suffix = [node for node in self.nodes if node in depends]
+        known = ChainMap({}, values)
+        read = {node: self._read(name, node, known, images) for node in self.at[name]}
         for index in range(self.units[name].size):
-            yield logits_of(self._without(name, index, suffix, values, images))
+            yield logits_of(self._without(name, index, suffix, read, known.new_child(), images))
 
-    def _without(self, name: str, index: int, suffix: list[fx.Node], values: dict[fx.Node, Any], images: Tensor) -> Any:
-        """The network's output without one component."""
-        own: dict[fx.Node, Any] = {}
-        known = ChainMap(own, values)
+    def _read(self, name: str, node: fx.Node, known: Mapping[fx.Node, Any], images: Tensor) -> Tensor | None:
+        """What an attention's projection reads, or a gated MLP's last layer, where nothing comes after it."""
         reader = reader_of(self.twin.get_submodule(name))
+        if reader is None:
+            return None
+        calls: list[tuple[Tensor, Tensor]] = []
+        handle = reader.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+        try:
+            given = run_node(node, self.twin, known, images)
+        finally:
+            handle.remove()
+        given = given[0] if isinstance(given, tuple) else given
+        return calls[0][0] if len(calls) == 1 and given is calls[0][1] else None
+
+    def _without(
+        self,
+        name: str,
+        index: int,
+        suffix: list[fx.Node],
+        read: dict[fx.Node, Tensor | None],
+        known: ChainMap[fx.Node, Any],
+        images: Tensor,
+    ) -> Any:
+        """The network's output without one component."""
+        own = known.maps[0]
         for node in suffix:
-            silenced = node in self.at[name]
-            if silenced and reader is not None:
-                weight, kept = reader.weight, torch.arange(self.units[name].size) != index
-                reader.weight = nn.Parameter(without_heads(weight, kept), requires_grad=False)
-                own[node] = run_node(node, self.twin, known, images)
-                reader.weight = weight
-                continue
             # a shared layer reads, the second time, what its first output has become
             stale = any(source in own for source in node.all_input_nodes)
-            own[node] = run_node(node, self.twin, known, images) if stale else values[node]
-            if silenced:
-                own[node] = own[node].clone()
+            if node not in self.at[name]:
+                own[node] = run_node(node, self.twin, known, images) if stale else known[node]
+            elif reader_of(self.twin.get_submodule(name)) is not None:
+                own[node] = self._narrowed(name, index, node, None if stale else read[node], known, images)
+            else:
+                given = run_node(node, self.twin, known, images) if stale else known[node]
+                own[node] = given.clone()
                 own[node].select(1 if self.units[name].kind == "filter" else -1, index).zero_()
         return own[self.nodes[-1]]
+
+    def _narrowed(
+        self,
+        name: str,
+        index: int,
+        node: fx.Node,
+        read: Tensor | None,
+        known: Mapping[fx.Node, Any],
+        images: Tensor,
+    ) -> Any:
+        """What an attention gives without one head, or a gated MLP without one hidden unit."""
+        reader = reader_of(self.twin.get_submodule(name))
+        weight, kept = reader.weight, torch.arange(self.units[name].size) != index
+        reader.weight = nn.Parameter(without_heads(weight, kept), requires_grad=False)
+        try:
+            if read is None:
+                return run_node(node, self.twin, known, images)
+            given = reader(read)
+            return (given, *known[node][1:]) if isinstance(known[node], tuple) else given
+        finally:
+            reader.weight = weight

@@ -291,11 +291,13 @@ class _Refit:
     def _fit(self, name: str, targets: list[Tensor], seen: list[tuple[Tensor, Tensor]]) -> None:
         """Give a layer the weights with which it is closest to what it gave in the whole network."""
         layer: Any = self.modules[name]
-        equations = _Equations(layer, self.weights)
         rows, columns = self.kept.get(name), self.read.get(name)
+        live = columns  # pruned heads and hidden units are still computed, but not read
+        if live is None:
+            over = tuple(range(seen[0][0].ndim - 1)) if isinstance(layer, LINEAR) else (0, *range(2, seen[0][0].ndim))
+            live = torch.stack([x.amax(over).logical_or(x.amin(over)) for x, _ in seen]).any(0)
+        equations = _Equations(layer, self.weights, live)
         for target, (x, output) in zip(targets, seen, strict=True):
-            if columns is not None:  # pruned heads and hidden units are still computed, but not read
-                x = x * (columns if isinstance(layer, LINEAR) else columns.view(-1, 1, 1))
             equations.add(x, target - output)
         weight, bias = equations.solve()
         if rows is not None:  # what is pruned stays so
@@ -324,21 +326,25 @@ class _Equations:
     """The normal equations of a layer's change: (XᵀX + λ) ΔW = XᵀR, for what its outputs lack, R.
 
     λ is ``RIDGE`` times the mean of XᵀX's diagonal. A layer with a bias also changes it, and X and R are taken from
-    their means. Inputs that are pruned are columns of zeros: their weights stay as they are. Sums are in float64, of
-    products in float32 or better, block by block; of inputs from which the first block's mean is taken, so that little
-    cancels.
+    their means. Inputs that are pruned are columns of zeros: their weights stay as they are, and they are left out.
+    Sums are in float64, of products in float32 or better, block by block; of inputs from which the first block's mean
+    is taken, so that little cancels.
 
     Parameters
     ----------
     layer : linear layer or convolution
     weights : bool
         Else the bias alone is looked for.
+    live : Tensor
+        bool, the inputs, or channels, that are not zero everywhere or that count as such. With groups all count.
     """
 
-    def __init__(self, layer: Any, weights: bool) -> None:
+    def __init__(self, layer: Any, weights: bool, live: Tensor) -> None:
         self.layer, self.weights = layer, weights
         self.groups = getattr(layer, "groups", 1)
-        outputs, inputs = len(layer.weight) // self.groups, layer.weight[0].numel()
+        self.live = live if self.groups == 1 else torch.ones_like(live)
+        self.inputs = layer.weight[0].numel()
+        outputs, inputs = len(layer.weight) // self.groups, int(self._columns().sum())
         zeros = layer.weight.new_zeros
         self.number = 0
         self.pilot: Tensor | None = None  # (groups, 1, inputs)
@@ -346,13 +352,18 @@ class _Equations:
         self.xx = zeros(self.groups, inputs, inputs, dtype=torch.float64) if weights else None
         self.xr = zeros(self.groups, inputs, outputs, dtype=torch.float64) if weights else None
 
+    def _columns(self) -> Tensor:
+        """bool, (inputs,): which weights of an output are looked for."""
+        return self.live.repeat_interleave(self.inputs * self.groups // len(self.live))[: self.inputs]
+
     def add(self, x: Tensor, lack: Tensor) -> None:
         """Count these inputs, and what the outputs lack."""
         linear = isinstance(self.layer, LINEAR)
         lack = lack.flatten(0, -2) if linear else lack.flatten(2)
         rows = len(lack) if linear else len(lack) * lack.shape[2]
-        each = max(1, ROOM // (self.groups * self.x.shape[1] * max(1, rows // len(lack))))
+        each = max(1, ROOM // (self.groups * self.inputs * max(1, rows // len(lack))))
         x = x.flatten(0, -2) if linear else x
+        x = x if bool(self.live.all()) else x[:, self.live]
         for patches, rest in zip(x.split(each), lack.split(each), strict=True):
             self._add(self._patches(patches), self._by_group(rest))
 
@@ -398,9 +409,18 @@ class _Equations:
                 xr = xr - self.x[:, :, None] * shift[:, None]
             diagonal = xx.diagonal(dim1=1, dim2=2)
             # inputs that do not vary say nothing, and rounding shall not speak for them
-            square = self.number * pilot.square().mean(1) + diagonal.mean(1)
-            ridge = torch.maximum(RIDGE * diagonal.mean(1), LEAST * square).clamp(min=torch.finfo(torch.float64).tiny)
-            made = torch.linalg.solve(xx + torch.diag_embed(ridge[:, None].expand_as(diagonal)), xr)
-            weight = made.transpose(1, 2).reshape(self.layer.weight.shape)
+            square = (self.number * pilot.square().sum(1) + diagonal.sum(1)) / self.inputs
+            ridge = torch.maximum(RIDGE * diagonal.sum(1) / self.inputs, LEAST * square)
+            ridge = ridge.clamp(min=torch.finfo(torch.float64).tiny)
+            made = _solved(xx + torch.diag_embed(ridge[:, None].expand_as(diagonal)), xr)
+            full = made.new_zeros(self.groups, self.inputs, made.shape[2])
+            full[:, self._columns()] = made
+            weight = full.transpose(1, 2).reshape(self.layer.weight.shape)
             shift = shift - ((self.x / self.number + pilot)[:, None] @ made)[:, 0]
         return weight, shift.flatten()
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution, of half the work where rounding leaves the matrix positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve(matrix, right) if bool(failed.any()) else torch.cholesky_solve(right, factor)

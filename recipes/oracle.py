@@ -4,7 +4,7 @@ The oracle is the rise of the loss when one component alone is silenced (:class:
 the tune split; criteria see ten draws of 10 references per class, of another split. For each criterion Spearman's rank
 correlation with the oracle, over all components and layer by layer, with 95 % intervals over the draws: of what it
 ranks by (``magnitude``), and, if it has a sign, of the signed scores. "X, shuffled" is the control: what the choice of
-layers alone knows.
+layers alone knows. ``"silenced"`` in the file is the oracle itself.
 """
 
 from __future__ import annotations
@@ -57,9 +57,14 @@ def measure(task: str) -> None:
             if those[0].has_sign:
                 rows[version]["signed"] = correlations(those, oracle, signed=True)
             print(f"{task:<12} {version:<22}", {way: each[""] for way, each in rows[version].items()}, flush=True)
+    silenced = {layer: [float(f"{value:.6g}") for value in values] for layer, values in oracle.signed.items()}
+    parts = {"silenced": silenced, "criteria": rows}
+    text = [
+        f'"{part}": {{\n' + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in each.items()) + "\n}"
+        for part, each in parts.items()
+    ]
     path = ASSETS / "evidence" / f"oracle-{task}.json"
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-    path.write_text(f"{{\n{lines}\n}}\n")
+    path.write_text("{\n" + ",\n".join(text) + "\n}\n", encoding="utf8")
 
 
 if __name__ == "__main__":

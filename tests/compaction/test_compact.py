@@ -146,7 +146,7 @@ def drawable() -> dict[str, tuple[nn.Module, Tensor, pxp.Components]]:
 MASKS = drawable()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(MASKS)), st.data())
 def test_any_mask(name, draw):
     model, x, units = MASKS[name]

@@ -68,12 +68,15 @@ def test_transformers_have_equal_outputs_and_batches_equal_singles(name, untouch
 
 @pytest.mark.parametrize("name", LISTED)
 def test_listed_models_at_full_size(name, untouched):
-    """Equal outputs, three lines to prune, and the effect of every single head's mask; float32 as users have it."""
+    """Equal outputs, three lines to prune, and the effect of single heads' masks; float32 as users have it.
+
+    The networks at full size, images of half of it: what is tried depends on no number of tokens.
+    """
     torch.manual_seed(0)
     if name == "vit_b_16":
-        model = torchvision.models.vit_b_16(num_classes=4)
+        model = torchvision.models.vit_b_16(image_size=112, num_classes=4)
     else:
-        model = timm.create_model(name, num_classes=4, **({"img_size": 56} if "dinov2" in name else {}))
+        model = timm.create_model(name, num_classes=4, img_size=56 if "dinov2" in name else 112)
     model = untouched(lively(model).float())
     images, targets = (part.to(torch.float32) if part.is_floating_point() else part for part in images_of(model, 1))
     with torch.no_grad():
