@@ -35,7 +35,7 @@ help:
 	@echo
 	@echo "The tiers of tests besides make test:"
 	@echo "make zoo            find, explain, mask and compact 104 networks (WRITE=1: store it, write the page of the book)"
-	@echo "make mutants        apply some fifty one-line faults, one at a time: tests must fail each time"
+	@echo "make mutants        apply one-line faults to the package, one at a time: tests must fail each time"
 	@echo "make oldest         unit tests on the oldest versions that requirements.txt allows"
 	@echo "make colab-resolve  what an install would change in Colab: nothing (needs a package index)"
 	@echo "make links          look up every link of the book (needs the network)"

@@ -29,8 +29,12 @@ from torch import nn
 
 import pxp
 from pxp.cost import peak_memory
+from pxp.lrp.balance import check_balance
+from pxp.lrp.composites import EXACT
+from pxp.network.check import check_replica
 from pxp.network.fold import fold_batch_norm
 from pxp.network.replica import replica
+from pxp.probe import Probe
 
 MODELS = {
     "vgg16_bn": "torchvision/vgg16_bn",
@@ -150,6 +154,30 @@ def attribution(names: list[str], repeats: int, batch: int) -> None:
                 f"{name:<14} {rule:<13} {found['pxp'] / found['plain']:6.2f} {TARGETS[name, rule]:7.2f} {zennit_ratio}",
                 flush=True,
             )
+
+
+def checks(names: list[str], repeats: int) -> None:
+    """Made once per model and state; here before each call, and in no other section more than once."""
+    print("\nWhat is checked once per model: its replica (at most two images), and conservation (one image, float64),")
+    print("each relative to plain with as many images; the whole of it relative to one attribution of eight images")
+    print(f"{'model':<14} {'replica':>8} {'balance':>8} {'of 8':>6}")
+    for name in names:
+        model, (images, labels), units = prepared(name, 8)
+        probe = Probe(model, units.trace, units, (images, labels), 8)
+        twin = probe.twin
+        found = medians(
+            {
+                "two": plain(model, images[:2], labels[:2]),
+                "one": plain(model, images[:1], labels[:1]),
+                "replica": partial(check_replica, model, twin, units.trace, images[:2]),
+                "balance": partial(check_balance, model, units.trace, images[:1], labels[:1], EXACT.composite),
+                "eight": partial(pxp.attribute, model, (images, labels), units, CRITERIA["epsilon"], progress=False),
+            },
+            repeats,
+        )
+        both = (found["replica"] + found["balance"]) / found["eight"]
+        ratios = found["replica"] / found["two"], found["balance"] / found["one"]
+        print(f"{name:<14} {ratios[0]:8.2f} {ratios[1]:8.2f} {both:6.2f}", flush=True)
 
 
 def memory(names: list[str], batch: int = 8) -> None:
@@ -287,6 +315,7 @@ if __name__ == "__main__":
     models = arguments.models or (["resnet18"] if arguments.quick else list(MODELS))
     print(f"torch {torch.__version__}, zennit {version('zennit')}")
     attribution(models, 3 if arguments.quick else 7, arguments.batch)
+    checks(models, 3)
     memory(models)
     sweep()
     leave_one_out()

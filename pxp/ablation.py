@@ -137,10 +137,12 @@ class Suffixes:
             if any(source in depends for source in node.all_input_nodes):
                 depends.add(node)
         suffix = [node for node in self.nodes if node in depends]
+        last = {source: node for node in suffix for source in node.all_input_nodes if source in depends}
+        over = {node: [source for source in last if last[source] is node] for node in suffix}  # after which nobody asks
         known = ChainMap({}, values)
         read = {node: self._read(name, node, known, images) for node in self.at[name]}
         for index in range(self.units[name].size):
-            yield logits_of(self._without(name, index, suffix, read, known.new_child(), images))
+            yield logits_of(self._without(name, index, over, read, known.new_child(), images))
 
     def _read(self, name: str, node: fx.Node, known: Mapping[fx.Node, Any], images: Tensor) -> Tensor | None:
         """What an attention's projection reads, or a gated MLP's last layer, where nothing comes after it."""
@@ -160,14 +162,14 @@ class Suffixes:
         self,
         name: str,
         index: int,
-        suffix: list[fx.Node],
+        over: dict[fx.Node, list[fx.Node]],
         read: dict[fx.Node, Tensor | None],
         known: ChainMap[fx.Node, Any],
         images: Tensor,
     ) -> Any:
         """The network's output without one component."""
         own = known.maps[0]
-        for node in suffix:
+        for node, done in over.items():
             # a shared layer reads, the second time, what its first output has become
             stale = any(source in own for source in node.all_input_nodes)
             if node not in self.at[name]:
@@ -178,6 +180,8 @@ class Suffixes:
                 given = run_node(node, self.twin, known, images) if stale else known[node]
                 own[node] = given.clone()
                 own[node].select(1 if self.units[name].kind == "filter" else -1, index).zero_()
+            for source in done:
+                del own[source]
         return own[self.nodes[-1]]
 
     def _narrowed(

@@ -78,7 +78,13 @@ def attribute(
     samples = 0
     with torch.inference_mode(False), torch.enable_grad():
         probe = Probe(model, units.trace, units, refs, batch_size, progress)
-        for found in asked.values(probe):
+        made = asked.values(probe)
+        if not isinstance(made, Iterator):
+            raise TypeError(
+                f"values of {criterion!r} must yield a dict of every layer's values, batch by batch, and returns "
+                f"{type(made).__name__}"
+            )
+        for found in made:
             _check_values(found, units, criterion)
             for name, value in found.items():
                 value = value.detach()
@@ -239,6 +245,10 @@ def _check_values(found: dict[str, Tensor], units: Components, criterion: Criter
         raise ValueError(f"the values of {criterion!r} {'lack' if missing else 'name other'} layers: {', '.join(odd)}")
     samples = len(found[next(iter(units))])
     for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the values of {criterion!r} for layer {name!r} must be a Tensor, got {type(value).__name__}"
+            )
         if value.ndim != 3 or len(value) != samples or value.shape[2] != units[name].size:
             raise ValueError(
                 f"the values of {criterion!r} for layer {name!r} must have shape (samples, tokens, {units[name].size}) "

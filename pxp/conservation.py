@@ -12,8 +12,25 @@ from .attribute import EPSILON, as_criterion
 from .criteria import Criterion
 from .input_probe import InputProbe
 from .lrp.balance import boundaries
-from .network.trace import trace_model
+from .network.trace import Trace, trace_model
 from .probe import explained
+
+
+class _Begun(InputProbe):
+    """Notes what relevance every backward pass begins with."""
+
+    def __init__(self, model: nn.Module, structure: Trace, both: tuple[Tensor, Tensor], carried: bool) -> None:
+        super().__init__(model, structure, both, len(both[0]))
+        self.begun: list[float] = []
+        self._carried = carried
+
+    def logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = super().logits(images, labels)
+        if not logits.requires_grad:
+            return logits
+        seen, values = logits.view_as(logits), logits.detach()
+        seen.register_hook(lambda flow: self.begun.append(float((flow if self._carried else flow * values).sum())))
+        return seen
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,7 +40,7 @@ class Conservation:
     Attributes
     ----------
     start : float
-        What the explanation starts with: the target's logit.
+        What arrives at the logits: by default the target's logit.
     arrives, leaves : dict of str to float
         Layer → relevance that arrives at its output, and what it passes on to its input.
     input : float
@@ -81,6 +98,8 @@ def conservation(
 
     Raises
     ------
+    ValueError
+        The criterion makes several backward passes, as along a path: what is conserved is so in each of them alone.
     ValueError, TypeError
         As :func:`pxp.heatmap`.
     """
@@ -88,15 +107,19 @@ def conservation(
     with torch.inference_mode(False), torch.enable_grad():
         both = explained(model, images, targets)
         structure = trace_model(model, both[0])
-        probe = InputProbe(model, structure, both, len(both[0]))
-        layers = {name: probe.twin.get_submodule(name) for name in structure.order}
         carried = isinstance(criterion, Composite)
+        probe = _Begun(model, structure, both, carried)
+        layers = {name: probe.twin.get_submodule(name) for name in structure.order}
         with boundaries(layers, carried) as sums:
             (found,) = asked.values(probe)
-            logits = probe.logits(*both).gather(1, both[1][:, None])
     number = len(both[0])
+    if len(probe.begun) != 1:
+        raise ValueError(
+            f"{criterion!r} makes {len(probe.begun)} backward passes; conservation is a matter of one. Look at a "
+            "criterion that makes one, such as pxp.LRP with path_steps=1"
+        )
     return Conservation(
-        float(logits.mean()),
+        probe.begun[0] / number,
         {name: sums[name][1] / number for name in layers},
         {name: sums[name][0] / number for name in layers},
         float(found["input"].sum()) / number,

@@ -62,8 +62,8 @@ class WeightedActivation(Criterion):
     r"""Norm of the activation times norm of the weights that read it.
 
     Wanda's idea (Sun et al. 2024, arXiv:2306.11695, \|W\| · ‖X‖ of single weights) for whole components: the root mean
-    square of what the next layers read of it, after the non-linearity, times the L2 norm of the columns that read it.
-    It needs neither labels nor gradients.
+    square of its output, after the activation module that directly takes it (one that is called as a function is not
+    seen), times the L2 norm of the columns that read it. It needs neither labels nor gradients.
 
     Raises
     ------

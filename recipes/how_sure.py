@@ -36,14 +36,14 @@ def page(found: dict) -> str:
 <!-- Written by `python recipes/how_sure.py`; edit that. -->
 
 Two things vary when a criterion is measured: which reference samples (or seeds) were drawn, and which images the accuracy was measured
-on. A curve that `pxp.pruning_curve` makes keeps which image was right in which run, and its intervals cover both: a two-way analysis of variance with two random
+on. A curve that {{func}}`pxp.pruning_curve` makes keeps which image was right in which run, and its intervals cover both: a two-way analysis of variance with two random
 factors, and t's distribution with Satterthwaite's degrees of freedom; for accuracies in Wilson's form, which stays between 0 and 1.
 
 - {{func}}`pxp.compare` looks at the difference of two criteria. Where run $i$ of both saw the same references, what they have in common
   cancels, draw by draw and image by image. Where the draws have nothing in common, as a lottery's and a criterion's, their parts add up.
 - A criterion that depends on no draw, as the magnitude of weights, has the images' part alone.
 - Below three draws of a criterion that depends on them nothing can be said, and nothing is: no interval, no band in a figure.
-- A curve without these hits, made by hand or by an earlier version as the shipped ones were, has the draws' part alone, and says so.
+- A curve that does not hold which image was right, made by hand or by an earlier version, has the draws' part alone, and says so.
 - {{func}}`pxp.compare_all` adjusts the p-values for the number of comparisons (Holm).
 
 ## Do they hold what they promise?

@@ -14,10 +14,11 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from zennit.core import Composite
 
 from ..network.fold import fold_batch_norm
-from ..network.layers import kind_of_function
+from ..network.layers import LAYERS, LINEAR, kind_of, kind_of_function
 from ..network.outputs import logits_of, tensors
 from ..network.replica import eager, replica
 from ..network.signals import Signals
@@ -68,17 +69,21 @@ def check_balance(
     allowed = tolerance * abs(logit) + rounding * (constants.size + float(terms.abs().sum()))
     if abs(total + constants.total - logit) <= allowed:
         return
+    hint = ""
     for name in constants.ended:
         inside, outside = sums.get(name, (0.0, 0.0))
         if abs(outside - inside - constants.by_module.get(name, 0.0)) > allowed:
             where = f"{name!r} ({type(modules[name]).__name__})"
+            kind = kind_of(modules[name])
+            if kind is not None and kind.passes == "normalisation":
+                hint = f"; a {kind.name} has its gain as 'weight', its shift as 'bias' and its epsilon as 'eps'"
             break
     else:
         where = f"{type(model).__name__} itself"
     raise ValueError(
         f"{type(model).__name__} cannot be explained: under LRP-0 relevance is not conserved in {where}, which "
         "computes something that pxp does not know. Write it with modules of torch, or tell what it is like with "
-        "pxp.register_layer"
+        f"pxp.register_layer{hint}"
     )
 
 
@@ -118,6 +123,7 @@ def boundaries(modules: dict[str, nn.Module], carried: bool = False) -> Iterator
     What arrives at an output is what the layer's own rule has not rescaled yet.
     """
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in modules}
+    waiting: dict[str, RemovableHandle] = {}  # modules that have begun
 
     def watch(name: str, side: int, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
@@ -139,10 +145,13 @@ def boundaries(modules: dict[str, nn.Module], carried: bool = False) -> Iterator
 
     def enter(name: str, module: nn.Module, inputs: tuple) -> object:
         def leave(module: nn.Module, inputs: tuple, output: object) -> object:
-            behind.remove()
+            waiting.pop(name).remove()
             return each(name, 1, output)
 
-        behind = module.register_forward_hook(leave)  # now, so that it comes behind the rules, whenever they are placed
+        if name in waiting:  # a pass before that was broken off
+            waiting[name].remove()
+        # now, so that it comes behind the rules, whenever they are placed
+        waiting[name] = module.register_forward_hook(leave)
         return each(name, 0, inputs)
 
     handles = [
@@ -152,7 +161,7 @@ def boundaries(modules: dict[str, nn.Module], carried: bool = False) -> Iterator
     try:
         yield sums
     finally:
-        for handle in handles:
+        for handle in (*handles, *waiting.values()):
             handle.remove()
 
 
@@ -181,13 +190,22 @@ class _Constants(Signals):
         self.ended[name] = None
         module = self.modules[name]
         x = next(tensors([args, options]), None)
+        kind = self.kinds[name]
+        if kind is not None and kind.passes == "identity" and x is not None and len([*tensors([args, options])]) == 1:
+            self._need_elementwise(name, x, args, options)
         leaf = None if module._modules else self.kinds[name]
         if leaf is not None and x is not None and self.of(x) is not None and isinstance(output, Tensor):
             zero = torch.zeros_like(x)
             zeros = tuple(zero if value is x else value for value in args)
             named = {key: zero if value is x else value for key, value in options.items()}
             with torch.no_grad():
-                nothing = module.forward(*zeros, **named)
+                if type(module) in LAYERS:  # without running it
+                    bias = module.bias
+                    ahead = () if isinstance(module, LINEAR) else (1,) * (module.weight.ndim - 2)
+                    shift = 0 if bias is None else bias.reshape(-1, *ahead)
+                    nothing = torch.zeros_like(output) + shift
+                else:
+                    nothing = module.forward(*zeros, **named)
                 for hook in self.hooks[name]:  # a mask silences the bias too
                     changed = hook(module, zeros, named, nothing)
                     nothing = nothing if changed is None else changed
@@ -217,6 +235,26 @@ class _Constants(Signals):
                 nothing = torch.where(next(iter(before.values()))[1] == 0, nothing, 0)
             self._note(nothing, result)
         return result
+
+    @torch.no_grad()
+    def _need_elementwise(self, name: str, x: Tensor, args: tuple, options: dict) -> None:
+        """x · (f(x) / x) is conserved whatever f is, but an activation gives in a place what it is given there."""
+        module = self.modules[name]
+        generator = torch.Generator().manual_seed(0)
+        half = torch.randint(2, x.shape, generator=generator).bool().to(x.device)
+
+        def given(values: Tensor) -> Tensor:
+            those = tuple(values if value is x else value for value in args)
+            return module.forward(*those, **{key: values if value is x else value for key, value in options.items()})
+
+        before = given(x.clone())
+        for changed in (half, ~half):
+            after = given(torch.where(changed, x + 1, x))
+            if before.shape != x.shape or not torch.allclose(after[~changed], before[~changed], equal_nan=True):
+                raise ValueError(
+                    f"{name!r} ({type(module).__name__}) is no activation: what it gives in one place depends on "
+                    "others. Tell what it is like with pxp.register_layer, or write it with modules of torch"
+                )
 
     def _note(self, nothing: Tensor, output: Tensor) -> None:
         if not output.requires_grad or not bool(nothing.any()):

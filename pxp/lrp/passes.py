@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +54,22 @@ class Normalisation(Hook):
         groups = 0
         dims: tuple[int, ...] = (1,)
         if kind.over == "last":
-            dims = tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
+            shape = _asked(module, kind, "normalized_shape")
+            dims = tuple(range(-1 if isinstance(shape, int) else -len(shape), 0))
         elif kind.over == "groups":
-            groups = module.num_groups  # type: ignore[assignment]
+            groups = _asked(module, kind, "num_groups")
         elif kind.over == "places":
             groups = x.shape[1]
         if weight is not None and kind.over != "last":
             weight = _by_channel(weight, x)
         return normalised(x, output, weight, dims, groups, kind.centred, getattr(module, "eps", None))
+
+
+def _asked(module: nn.Module, kind: Kind, name: str) -> Any:
+    """An attribute that a normalisation of this kind must have."""
+    if not hasattr(module, name):
+        raise ValueError(f"{type(module).__name__} was told to be a {kind.name}, which needs the attribute {name!r}")
+    return getattr(module, name)
 
 
 def _by_channel(weight: Tensor, x: Tensor) -> Tensor:

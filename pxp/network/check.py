@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .layers import kind_of
 from .outputs import tensors
 from .replica import eager, evaluating, replica
 from .trace import Trace
@@ -20,11 +21,28 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # model → the state in 
 
 
 def state_of(model: nn.Module) -> tuple:
-    """Changes whenever a module, a parameter, a buffer, a hook or a setting of the model does."""
+    """Changes whenever a module, a parameter, a buffer, a hook or a setting of the model does, or what it is like."""
     held = (*model.parameters(), *model.buffers())
     versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held)
-    modules = ((id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks, *_settings(m)) for m in model.modules())
-    return tuple(versions), tuple(modules)
+    modules = (
+        (id(m), type(m), kind_of(m), *m._forward_hooks, *m._forward_pre_hooks, *_settings(m)) for m in model.modules()
+    )
+    return tuple(versions), _few_values(held), tuple(modules)
+
+
+def _few_values(held: Iterable[Tensor]) -> bytes:
+    """Eight values of each tensor, for what is written through ``.data`` has no version."""
+    few = [
+        flat[:: max(1, len(flat) // 8)].detach()
+        for tensor in held
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.layout is torch.strided
+        if (flat := tensor.flatten()).numel()
+    ]
+    devices = {part.device for part in few}
+    return b"".join(
+        torch.cat([part.float() for part in few if part.device == device]).cpu().numpy().tobytes()
+        for device in sorted(devices, key=str)
+    )
 
 
 def _settings(module: nn.Module) -> list[tuple[str, object]]:

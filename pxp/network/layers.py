@@ -215,8 +215,9 @@ def passes(module: nn.Module) -> str:
 def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind:
     """Tell what a module class of your own is like, so that relevance passes it as it passes that.
 
-    What is told is not believed: the first explanation of a model with such a module compares its copy with it, and
-    tries on one image whether relevance is conserved (``pxp.lrp.balance``).
+    What is told is checked as far as one image can tell: the first explanation of a model with such a module compares
+    its copy with it, tries whether relevance is conserved (``pxp.lrp.balance``), and whether an activation looks at
+    one place at a time. That a signal was called a gate, or channels that are mixed a reshaping, this does not see.
 
     Parameters
     ----------
@@ -226,8 +227,8 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     like : type or str
         A class that is known, such as ``nn.Sigmoid`` for a gate, ``nn.GELU`` for an activation, ``nn.LayerNorm`` or
         ``nn.Conv2d``; or the name of a kind, such as ``"gate"``. A normalisation needs the attributes of the class it
-        is like (``normalized_shape`` or ``num_groups``, ``weight``, ``eps``). A convolution or linear layer with a
-        forward pass of its own is a subclass of torch's, and found to be one without being told.
+        is like (``normalized_shape`` or ``num_groups``; ``eps``; its gain, if any, as ``weight``). A convolution or
+        linear layer with a forward pass of its own is a subclass of torch's, and found to be one without being told.
 
     Returns
     -------
@@ -237,13 +238,16 @@ def register_layer(cls: type[nn.Module], *, like: type[nn.Module] | str) -> Kind
     Raises
     ------
     TypeError
-        ``cls`` is no module class; it is like a layer with weights, but no subclass of torch's.
+        ``cls`` is no module class, ``like`` neither a class nor a name; it is like a layer with weights, but no
+        subclass of torch's.
     ValueError
         Nothing is known of ``like``.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"a layer is a subclass of torch.nn.Module, got {cls!r}")
     known = {kind.name: kind for kind in KINDS}
+    if not isinstance(like, str | type):
+        raise TypeError(f"like must be a class, such as nn.Sigmoid, or the name of a kind, got {like!r:.80}")
     kind = known.get(like) if isinstance(like, str) else kind_of_class(like)
     if kind is None:
         raise ValueError(

@@ -275,6 +275,8 @@ class Signals(TorchFunctionMode):
             return fault(f"{name} with {OWN if self.of(weight) is None else DEPENDENT}")
         if kind.passes == "identity" and name.endswith("_") and not name.startswith("__"):
             return fault(f"{name}, in place")
+        if kind.passes == "identity" and len(signals) > 1:
+            return fault(f"{name} by what depends on the input")
         if kind.passes in ("identity", "normalisation", "glu"):
             return kind.passes, signals
         if kind.passes == "softmax":  # right only as a gate, or as the end, whose input is explained
@@ -319,9 +321,16 @@ class Signals(TorchFunctionMode):
             return fault(name) if sum(factor is not None for factor in factors) > 1 else ("", signals)
         elif kind.name == "quotient":
             right = [place for place, _ in known] == [0] and plain[0] != "r"
-            return ("", signals) if right else fault("quotient")
+            if not right:
+                return fault("quotient")
         if len(known) < 2:
-            return "", signals
+            # every value times several weights, to be summed: a linear layer by hand, which takes no rule
+            shape = torch.broadcast_shapes(*(args[place].shape for place in places))
+            signal = args[known[0][0]]
+            mixes = shape != signal.shape and any(
+                args[place] is not signal and args[place].numel() > 1 for place in places
+            )
+            return fault(f"{name} of each value with several of {OWN}") if mixes else ("", signals)
         (one, first), (other, second) = known
         if first.gate == second.gate:
             return "half", signals

@@ -96,6 +96,9 @@ def test_both_checks_are_made_once_per_state(fresh, monkeypatch):
     model.features[2] = nn.GELU()
     pxp.heatmap(model, x, labels)
     assert len(balance) == len(copies) == 4
+    model.classifier[0].weight.data.mul_(2)  # which changes no version
+    pxp.heatmap(model, x, labels)
+    assert len(balance) == len(copies) == 5
 
 
 class Random(nn.Module):
@@ -172,6 +175,42 @@ def test_conservation_without_biases(name, rule):
     assert found.input == pytest.approx(found.start, rel=1e-3)
     if name != "resnet":  # where everything goes through every layer
         assert all(value == pytest.approx(found.start, rel=1e-3) for value in found.arrives.values())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("rule", ["flat", "wsquare"])
+def test_conservation_with_an_input_rule(rule, inside):
+    """What the layer above passes on arrives, once, also where the model normalises its images first."""
+    x, labels = samples()
+    model = without_biases(nn.Sequential(Calls(lambda x: x * 2) if inside else nn.Identity(), around(nn.ReLU())))
+    found = pxp.conservation(model, x, labels, pxp.LRP(pxp.Epsilon(0), input=rule))
+    first, second = (name for name in found.arrives if name in ("1.0", "1.2"))
+    assert found.arrives[first] == pytest.approx(found.leaves[second]) == pytest.approx(found.start)
+    assert found.input == pytest.approx(found.leaves[first])
+
+
+def test_conservation_begins_with_what_arrives_at_the_logits():
+    x, labels = samples()
+    model = around(nn.ReLU(), biases=False)
+    logits = model(x)
+    ones = torch.nn.functional.one_hot(labels, 3)
+    expected = {
+        "logit": logits[ones.bool()].mean(),
+        "one": 1.0,
+        "margin": (logits[ones.bool()] - logits.masked_fill(ones.bool(), -torch.inf).amax(1)).mean(),
+        "loss": (logits * (ones - logits.softmax(1))).sum(1).mean(),
+    }
+    for start, value in expected.items():
+        found = pxp.conservation(model, x, labels, pxp.LRP(pxp.Epsilon(0), start=start))
+        assert found.start == found.arrives["6"] == pytest.approx(float(value)) == pytest.approx(found.input)
+        assert pxp.conservation(model, x, labels, pxp.Taylor(start=start)).start == pytest.approx(float(value))
+
+
+@pytest.mark.parametrize("criterion", [pxp.LRP(path_steps=3), pxp.IntegratedGradients(3)], ids=repr)
+def test_conservation_is_of_one_backward_pass(criterion):
+    x, labels = samples()
+    with pytest.raises(ValueError, match="makes 3 backward passes; conservation is a matter of one"):
+        pxp.conservation(around(nn.ReLU()), x, labels, criterion)
 
 
 def test_conservation_agrees_with_scores_and_heatmaps():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .networks import entries
+
 PAGE = Path(__file__).resolve().parent.parent.parent / "book" / "which-networks.md"
 LIBRARIES = {"tv": "torchvision", "timm": "timm"}
 KINDS = {"filter": "filters", "neuron": "neurons", "head": "heads"}
@@ -13,6 +15,7 @@ def page(found: dict) -> str:
     rows = found["networks"]
     complete = [row for row in rows if not row["stops"] and not row["wrong"]]
     refused = [row for row in rows if row["stops"] and not row["wrong"]]
+    shortened = sum(any(option.startswith("depth") for option in entry.options) for entry in entries())
     versions = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in found["versions"].items())
     oracles = {
         said: sum(row["oracle"] == oracle for row in complete)
@@ -28,8 +31,8 @@ def page(found: dict) -> str:
 <!-- Written by `make zoo WRITE=1`; edit tests/zoo/page.py. -->
 
 What of the package works on {len(rows)} architectures that researchers bring: {len(complete)} go all the way, {len(refused)} are refused at some step, with a
-sentence that names the module. Measured with {versions}. The networks have random weights, made lively: no gain is 1, no bias and no
-layer scale 0, so that a part that is forgotten shows.
+sentence that names the module. Measured with {versions}. All have 10 classes, {shortened} large transformers fewer blocks than usual. They
+have random weights, made lively: no gain is 1, no bias and no layer scale 0, so that a part that is forgotten shows.
 
 *Complete* means, for every kind of component that the network has:
 
@@ -41,7 +44,7 @@ layer scale 0, so that a part that is forgotten shows.
 - the model is afterwards what it was.
 
 Relevance is compared with an independent figure too. Under LRP-0 with attention weights as constants it
-{"; ".join(f"{said} in {number}" for said, number in oracles.items() if number)}.
+{"; in others it ".join(f"{said} ({number} networks)" for said, number in oracles.items() if number)}.
 
 ## Complete
 
@@ -51,7 +54,7 @@ Relevance is compared with an independent figure too. Under LRP-0 with attention
 
 {_refusals(refused)}
 
-Whether *your* network works is a matter of three lines, since what cannot be explained, masked or cut is an error at once:
+Whether *your* network works is a matter of three lines, since what `pxp` sees that it cannot explain, mask or cut is an error at once:
 
 ```python
 units = pxp.find_components(model, "filter", example=images[:1])
@@ -81,17 +84,17 @@ def _table(rows: list[dict]) -> str:
 
 
 def _refusals(rows: list[dict]) -> str:
-    lines = ["| Network | Works | The reason |", "|---|---|---|"]
+    lines = []
     for row in rows:
         (_, reason), *_ = row["stops"].items()
-        works = ", ".join(f"{KINDS[kind]} found" for kind in row["kinds"] if kind in KINDS) or "nothing"
-        lines.append(f"| {_name(row)} | {works} | {_short(reason)} |")
+        works = " and ".join(KINDS[kind] for kind in row["kinds"] if kind in KINDS) or "nothing"
+        lines.append(f"- {_name(row)}, {works} found: {_short(reason)}")
     return "\n".join(lines)
 
 
 def _short(reason: str) -> str:
     """A refusal up to where it says what to do."""
-    return reason.partition(";")[0].replace("|", "\\|").replace("<", "&lt;")
+    return reason.partition(";")[0].replace("<", "&lt;")
 
 
 def _name(row: dict) -> str:
