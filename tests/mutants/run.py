@@ -20,13 +20,18 @@ PACKAGE, RECIPES = TESTS.parent / "pxp", TESTS.parent / "recipes"
 RED = 1  # pytest's exit code where tests have failed; others mean that none has run
 
 
-def apply(fault: Fault, package: Path) -> None:
-    """Put the fault into a copy of the package."""
-    path = package / fault.module
-    text = path.read_text(encoding="utf8")
+def with_fault(fault: Fault, package: Path) -> str:
+    """The module's text with the fault.
+
+    Raises
+    ------
+    ValueError
+        The line is not there, or more than once.
+    """
+    text = (package / fault.module).read_text(encoding="utf8")
     if text.count(fault.old) != 1:
         raise ValueError(f"{fault.module} has {text.count(fault.old)} times {fault.old!r}")
-    path.write_text(text.replace(fault.old, fault.new), encoding="utf8")
+    return text.replace(fault.old, fault.new)
 
 
 def outcome(tests: str, fault: Fault | None = None) -> subprocess.CompletedProcess[str]:
@@ -36,7 +41,7 @@ def outcome(tests: str, fault: Fault | None = None) -> subprocess.CompletedProce
         for source in (PACKAGE, RECIPES):
             shutil.copytree(source, Path(folder) / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         if fault is not None:
-            apply(fault, package)
+            (package / fault.module).write_text(with_fault(fault, package), encoding="utf8")
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([folder, str(TESTS)]),
@@ -68,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args(arguments)
     chosen = [fault for fault in FAULTS if given.only in fault.name]
+    for fault in chosen:
+        with_fault(fault, PACKAGE)  # before anything runs
 
     def tried(fault: Fault) -> bool:
         began = time.perf_counter()

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from .faults import FAULTS
-from .run import PACKAGE, apply, is_killed
+from .run import PACKAGE, is_killed, with_fault
 
 
-def test_every_fault_is_of_a_line_that_is_there(tmp_path):
+def test_every_fault_is_of_a_line_that_is_there():
     assert len(FAULTS) >= 40 and len({fault.name for fault in FAULTS}) == len(FAULTS)
     for fault in FAULTS:
-        package = tmp_path / "pxp"
-        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "assets"))
-        apply(fault, package)
-        compile((package / fault.module).read_text(encoding="utf8"), fault.module, "exec")
-        shutil.rmtree(package)
+        compile(with_fault(fault, PACKAGE), fault.module, "exec")
 
 
 QUICK = [fault for fault in FAULTS if " -k " in fault.tests]
