@@ -49,7 +49,7 @@ FAULTS = [
     Fault("group norm is not in the table", "network/layers.py",
           "(\"group_norm\",), over=\"groups\"", "(), over=\"groups\"", "network/test_layers.py"),
     Fault("the groups of group norm are ignored", "lrp/passes.py",
-          "            groups = module.num_groups  # type: ignore[assignment]", "            groups = 1",
+          "            groups = _asked(module, kind, \"num_groups\")", "            groups = 1",
           "network/test_layers.py"),
     Fault("a layer norm's mean takes relevance", "network/layers.py",
           "over=\"last\", centred=True,", "over=\"last\", centred=False,", "lrp/test_passes.py"),
