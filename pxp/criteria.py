@@ -164,8 +164,8 @@ class IntegratedGradients(Criterion):
 class Activation(Criterion):
     """Mean activation over space and samples, after the non-linearity that follows (Molchanov et al. 2017).
 
-    Where no activation module directly takes the output (before a residual sum), the output itself. Of an attention
-    head, whose channels have no preferred sign, the mean absolute output.
+    Where no activation module directly takes the output (before a residual sum, or where the activation is called as a
+    function), the output itself. Of an attention head, whose channels have no preferred sign, the mean absolute output.
     """
 
     has_sign: ClassVar[bool] = False

@@ -43,7 +43,7 @@ class Variance(Criterion):
 
     What hardly varies can be replaced by its mean (Variance-Based Pruning, arXiv:2507.12988, of MLP neurons, which also
     moves that mean into the next bias: ``pxp.repair(..., method="mean")``). Of a head, the sum over its channels.
-    Where no activation module directly takes the output, the output itself.
+    Where no activation module directly takes the output, as where it is called as a function, the output itself.
     """
 
     has_sign: ClassVar[bool] = False

@@ -331,11 +331,14 @@ def _check_values(module: nn.Module, made: Described) -> None:
         expected, found = (both[0] if made.form.pair else both for both in (expected, found))
         same = torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{type(module).__name__} does not fit what was registered of it: {error}") from error
+        raise ValueError(
+            f"{type(module).__name__} does not fit what was registered of it; given two images of five tokens, and "
+            f"nothing else, it says: {error}"
+        ) from error
     if not same:
         raise ValueError(
             f"{type(module).__name__} does not compute what was registered of it: softmax(QKᵀ · scale) V of "
-            "all tokens, with queries, keys and values one after the other"
+            "all tokens, with queries, keys and values one after the other; another scale than 1/√d is named with scale="
         )
 
 
