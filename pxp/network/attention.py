@@ -338,7 +338,7 @@ def _check_values(module: nn.Module, made: Described) -> None:
     if not same:
         raise ValueError(
             f"{type(module).__name__} does not compute what was registered of it: softmax(QKᵀ · scale) V of "
-            "all tokens, with queries, keys and values one after the other; another scale than 1/√d is named with scale="
+            "all tokens, with queries, keys and values one after the other; a scale that is not 1/√d is named: scale="
         )
 
 
