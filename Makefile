@@ -36,7 +36,7 @@ help:
 	@echo "The tiers of tests besides make test:"
 	@echo "make zoo            find, explain, mask and compact 104 networks (WRITE=1: store it, write the page of the book)"
 	@echo "make mutants        apply one-line faults to the package, one at a time: tests must fail each time"
-	@echo "make oldest         unit tests on the oldest versions that requirements.txt allows"
+	@echo "make oldest         unit tests, the longest too, on the oldest versions that requirements.txt allows"
 	@echo "make colab-resolve  what an install would change in Colab: nothing (needs a package index)"
 	@echo "make links          look up every link of the book (needs the network)"
 
@@ -84,7 +84,7 @@ mutants: .venv/.installed
 	cd tests && ../$(BIN)/python -m mutants.run
 
 oldest: .venv-oldest/.installed
-	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 tests
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 -m "" tests
 
 colab-resolve:
 	$(COLAB_PYTHON) tests/versions.py colab

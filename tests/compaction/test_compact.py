@@ -94,7 +94,10 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+BIG = {"torchvision/vgg11_bn", "torchvision/densenet121", "timm/resnetv2_50"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.weekly] * (name in BIG)) for name in LIBRARIES])
 def test_libraries_networks(name):
     model = library_model(name)
     x = torch.rand(2, 3, 64, 64, dtype=torch.float64)

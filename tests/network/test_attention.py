@@ -66,7 +66,10 @@ def test_transformers_have_equal_outputs_and_batches_equal_singles(name, untouch
         assert float(together[layer].min()) > 0
 
 
-@pytest.mark.parametrize("name", LISTED)
+BIG = {"vit_b_16", "deit3_small_patch16_224"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.weekly] * (name in BIG)) for name in LISTED])
 def test_listed_models_at_full_size(name, untouched):
     """Equal outputs, three lines to prune, and the effect of single heads' masks; float32 as users have it.
 

@@ -662,7 +662,7 @@ def two_workers(storage: str) -> None:
     assert all("of 8" in text or "of 9" in text for text in output)
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("sqlite", marks=pytest.mark.weekly)])
 def test_two_processes_work_on_one_study(tmp_path, kind):
     two_workers(str(tmp_path / "s.journal") if kind == "journal" else f"sqlite:///{tmp_path / 's.db'}")
 
@@ -719,6 +719,7 @@ def postgres(folder: Path):
         server.wait(timeout=30)
 
 
+@pytest.mark.weekly
 @pytest.mark.skipif(postgres_binaries() is None, reason="no PostgreSQL server is installed")
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_postgresql(ready, tmp_path):
