@@ -336,13 +336,14 @@ class _Equations:
     weights : bool
         Else the bias alone is looked for.
     live : Tensor
-        bool, the inputs, or channels, that are not zero everywhere or that count as such. With groups all count.
+        bool, the inputs, or channels, that are not zero everywhere or that count as such. With groups, and where none is
+        left, all count.
     """
 
     def __init__(self, layer: Any, weights: bool, live: Tensor) -> None:
         self.layer, self.weights = layer, weights
         self.groups = getattr(layer, "groups", 1)
-        self.live = live if self.groups == 1 else torch.ones_like(live)
+        self.live = live if self.groups == 1 and bool(live.any()) else torch.ones_like(live)
         self.inputs = layer.weight[0].numel()
         outputs, inputs = len(layer.weight) // self.groups, int(self._columns().sum())
         zeros = layer.weight.new_zeros

@@ -187,6 +187,16 @@ def test_the_mean_is_what_it_was(name):
         assert difference.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+def test_a_layer_of_which_nothing_is_left_is_made_up_for(method):
+    model = convolutional()
+    units = pxp.find_components(model, example=X[:1])
+    gone, reader = list(units)[:2]
+    mask = pxp.Mask(units, dict(pxp.Mask.all(units)) | {gone: torch.zeros(units[gone].size, dtype=torch.bool)})
+    small = pxp.repair(model, mask, X, method, progress=False)
+    assert lack(model, small) < lack(model, pxp.compact(model, mask, example=X[:1]))
+
+
 def test_statistics_are_those_of_the_masked_network():
     model = randomise(
         nn.Sequential(
