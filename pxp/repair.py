@@ -336,8 +336,8 @@ class _Equations:
     weights : bool
         Else the bias alone is looked for.
     live : Tensor
-        bool, the inputs, or channels, that are not zero everywhere or that count as such. With groups, and where none is
-        left, all count.
+        bool, the inputs, or channels, that are not zero everywhere or that count as such. With groups, and where
+        none is left, all count.
     """
 
     def __init__(self, layer: Any, weights: bool, live: Tensor) -> None:

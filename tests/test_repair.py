@@ -191,7 +191,7 @@ def test_the_mean_is_what_it_was(name):
 def test_a_layer_of_which_nothing_is_left_is_made_up_for(method):
     model = convolutional()
     units = pxp.find_components(model, example=X[:1])
-    gone, reader = list(units)[:2]
+    gone = next(iter(units))
     mask = pxp.Mask(units, dict(pxp.Mask.all(units)) | {gone: torch.zeros(units[gone].size, dtype=torch.bool)})
     small = pxp.repair(model, mask, X, method, progress=False)
     assert lack(model, small) < lack(model, pxp.compact(model, mask, example=X[:1]))
