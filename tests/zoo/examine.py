@@ -137,7 +137,8 @@ def _conserved(model: nn.Module, images: Tensor, labels: Tensor, row: Row) -> st
     expected = (images * gradient).detach()
     if float((found - expected).norm() / expected.norm()) < CONSERVED:
         return "gradient × input"
-    bare, images = without_constants(copy.deepcopy(model)).double(), images.double()  # it may vanish or grow
+    forgetful = copy.deepcopy(model).train().eval()  # timm's LeViT keeps its biases until it trains again
+    bare, images = without_constants(forgetful).double(), images.double()  # it may vanish or grow
     with torch.no_grad():
         logits = bare(images).gather(1, labels[:, None])[:, 0]
         if bool(bare(torch.zeros_like(images)).any()):
