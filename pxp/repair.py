@@ -292,12 +292,13 @@ class _Refit:
         """Give a layer the weights with which it is closest to what it gave in the whole network."""
         layer: Any = self.modules[name]
         rows, columns = self.kept.get(name), self.read.get(name)
-        live = columns  # pruned heads and hidden units are still computed, but not read
-        if live is None:
-            over = tuple(range(seen[0][0].ndim - 1)) if isinstance(layer, LINEAR) else (0, *range(2, seen[0][0].ndim))
-            live = torch.stack([x.amax(over).logical_or(x.amin(over)) for x, _ in seen]).any(0)
+        inputs = [x for x, _ in seen]
+        if columns is not None:  # pruned heads and hidden units are still computed, but not read
+            inputs = [x * (columns if isinstance(layer, LINEAR) else columns.view(-1, 1, 1)) for x in inputs]
+        over = tuple(range(inputs[0].ndim - 1)) if isinstance(layer, LINEAR) else (0, *range(2, inputs[0].ndim))
+        live = torch.stack([x.amax(over).logical_or(x.amin(over)) for x in inputs]).any(0)
         equations = _Equations(layer, self.weights, live)
-        for target, (x, output) in zip(targets, seen, strict=True):
+        for x, target, (_, output) in zip(inputs, targets, seen, strict=True):
             equations.add(x, target - output)
         weight, bias = equations.solve()
         if rows is not None:  # what is pruned stays so
@@ -336,8 +337,7 @@ class _Equations:
     weights : bool
         Else the bias alone is looked for.
     live : Tensor
-        bool, the inputs, or channels, that are not zero everywhere or that count as such. With groups, and where
-        none is left, all count.
+        bool, the inputs, or channels, that are not zero everywhere. With groups, and where none is left, all count.
     """
 
     def __init__(self, layer: Any, weights: bool, live: Tensor) -> None:
