@@ -57,7 +57,7 @@ def measure(task: str) -> None:
             mean = estimate(np.stack(found))
             accuracy = [round(float(value), 4) for value in (mean.mean, *mean.proportion())]
             rows.append(
-                {"rate": rate, "way": name, "accuracy": accuracy, "seconds": round(np.median(seconds[name]), 2)}
+                {"rate": rate, "way": name, "accuracy": accuracy, "seconds": round(float(np.median(seconds[name])), 2)}
             )
             print(f"{task:<12}", rows[-1], flush=True)
     path = ASSETS / "evidence" / f"finetuned-{task}.json"
