@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
 
@@ -159,7 +160,7 @@ def attribution(names: list[str], repeats: int, batch: int) -> None:
 def checks(names: list[str], repeats: int) -> None:
     """Made once per model and state; here before each call, and in no other section more than once."""
     print("\nWhat is checked once per model: its replica (at most two images), and conservation (one image, float64),")
-    print("each relative to plain with as many images; the whole of it relative to one attribution of eight images")
+    print("each relative to plain with as many images and the same dtype; both relative to one attribution of eight")
     print(f"{'model':<14} {'replica':>8} {'balance':>8} {'of 8':>6}")
     for name in names:
         model, (images, labels), units = prepared(name, 8)
@@ -168,7 +169,7 @@ def checks(names: list[str], repeats: int) -> None:
         found = medians(
             {
                 "two": plain(model, images[:2], labels[:2]),
-                "one": plain(model, images[:1], labels[:1]),
+                "one": plain(deepcopy(model).double(), images[:1].double(), labels[:1]),
                 "replica": partial(check_replica, model, twin, units.trace, images[:2]),
                 "balance": partial(check_balance, model, units.trace, images[:1], labels[:1], EXACT.composite),
                 "eight": partial(pxp.attribute, model, (images, labels), units, CRITERIA["epsilon"], progress=False),

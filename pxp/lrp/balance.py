@@ -200,10 +200,10 @@ class _Constants(Signals):
             named = {key: zero if value is x else value for key, value in options.items()}
             with torch.no_grad():
                 if type(module) in LAYERS:  # without running it
-                    bias = module.bias
                     ahead = () if isinstance(module, LINEAR) else (1,) * (module.weight.ndim - 2)
-                    shift = 0 if bias is None else bias.reshape(-1, *ahead)
-                    nothing = torch.zeros_like(output) + shift
+                    nothing = output.new_zeros(()) if module.bias is None else module.bias.reshape(-1, *ahead)
+                    if self.hooks[name]:
+                        nothing = nothing.expand_as(output).clone()
                 else:
                     nothing = module.forward(*zeros, **named)
                 for hook in self.hooks[name]:  # a mask silences the bias too
@@ -216,24 +216,29 @@ class _Constants(Signals):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = kwargs or {}
-        before = {id(t): (t, t.detach().clone()) for t in tensors([*args, *options.values()]) if self.of(t) is not None}
-        result = super().__torch_function__(func, types, args, kwargs)
+        given = list(tensors([*args, *options.values()]))
+        signals = [t for t in given if self.of(t) is not None]
         inside = self.inside[-1]
         whole = self.kinds[inside] is not None and not self.modules[inside]._modules
-        if before and not whole and isinstance(result, Tensor) and result.requires_grad:
-            kind = kind_of_function(func)
-            zeros = {key: torch.zeros_like(value) for key, (_, value) in before.items()}
+        if not signals or whole:
+            return super().__torch_function__(func, types, args, kwargs)
+        kind = kind_of_function(func)
+        # now, for it may write into what it is given
+        at_rest = signals[0].detach() == 0 if kind is not None and kind.passes == "identity" else None
+        before = [_version(t) for t in given]
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, Tensor) and result.requires_grad:
+            writes = any(version is None or version != _version(t) for t, version in zip(given, before, strict=True))
+            zeros = {id(t): torch.zeros_like(t) for t in signals}
 
             def at_zero(value: object) -> object:
                 if isinstance(value, Tensor):
-                    return zeros.get(id(value), value.detach().clone())  # which it may write into
+                    return zeros.get(id(value), value.detach().clone() if writes else value.detach())
                 return type(value)(map(at_zero, value)) if type(value) in (tuple, list) else value  # type: ignore
 
             with torch.no_grad():
                 nothing = func(*at_zero(args), **{key: at_zero(value) for key, value in options.items()})  # type: ignore
-            if kind is not None and kind.passes == "identity":
-                nothing = torch.where(next(iter(before.values()))[1] == 0, nothing, 0)
-            self._note(nothing, result)
+            self._note(nothing if at_rest is None else torch.where(at_rest, nothing, 0), result)
         return result
 
     @torch.no_grad()
@@ -263,9 +268,15 @@ class _Constants(Signals):
 
         def add(flow: Tensor) -> None:
             terms = flow * nothing
-            self.total += float(terms.sum())
+            total = float(terms.sum())
+            self.total += total
             self.size += float(terms.abs().sum())
             for name in where:
-                self.by_module[name] = self.by_module.get(name, 0.0) + float(terms.sum())
+                self.by_module[name] = self.by_module.get(name, 0.0) + total
 
         output.register_hook(add)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Changes when it is written into; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
