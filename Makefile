@@ -75,7 +75,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 unit: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 zoo: .venv/.installed
 	cd tests && ../$(BIN)/python -m zoo.run $(if $(WRITE),--write)

@@ -2,7 +2,7 @@
 
 Every notebook runs in a fresh kernel, from its own folder. What differs between two runs of the same notebook without
 meaning anything (time stamps, kernel version, widget state, cell ids) is removed, so that a diff shows real changes
-only. Cells tagged ``solution`` are folded for Jupyter and Colab. ``--normalise`` does only this and runs nothing.
+only. Cells tagged ``solution`` or ``hide-input`` are folded for Jupyter and Colab. ``--normalise`` does only this and runs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CELL_TIMEOUT = 120  # seconds, as for nbval in the Makefile
+# tag of cells whose code is folded → what the book's button says to show and to hide it
+FOLDED = {"hide-input": ("Show the code", "Hide the code"), "solution": ("Solution", "Solution")}
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
@@ -48,8 +50,9 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
         if cell.cell_type != "code":
             cell.pop("attachments", None)
             continue
-        if "solution" in cell.metadata.get("tags", []):
-            fold(cell)
+        for tag, prompt in FOLDED.items():
+            if tag in cell.metadata.get("tags", []):
+                fold(cell, *prompt)
         count += 1
         cell.execution_count = count
         cell.outputs = merge_streams(cell.outputs)
@@ -59,12 +62,12 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def fold(cell: NotebookNode) -> None:
-    """Hide a solution's code in Jupyter and Colab too, and name the button that shows it in the book."""
+def fold(cell: NotebookNode, show: str, hide: str) -> None:
+    """Hide a cell's code in Jupyter and Colab too, and name the button that shows it in the book."""
     cell.metadata["jupyter"] = {"source_hidden": True}
     cell.metadata["cellView"] = "form"
     mystnb = cell.metadata.setdefault("mystnb", {})
-    mystnb["code_prompt_show"], mystnb["code_prompt_hide"] = "Solution", "Solution"
+    mystnb["code_prompt_show"], mystnb["code_prompt_hide"] = show, hide
 
 
 def merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:

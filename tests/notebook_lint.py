@@ -18,6 +18,7 @@ import nbformat
 import versions
 from nbformat import NotebookNode
 from nbval_tolerance import stated_tolerance
+from notebook_execute import FOLDED
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -313,6 +314,13 @@ def headings(source: str) -> list[str]:
     return [line for line in outside.splitlines() if re.match(r"#{1,6} ", line)]
 
 
+def check_folded(notebook: NotebookNode) -> Iterator[str]:
+    for number, cell in code_cells(notebook):
+        folded = tags(cell) & FOLDED.keys()
+        if folded and not cell.metadata.get("jupyter", {}).get("source_hidden"):
+            yield f"cell {number}: tagged {min(folded)}, and not folded in Jupyter; run tests/notebook_execute.py"
+
+
 def check_exercises(notebook: NotebookNode) -> Iterator[str]:
     found: list[int] = []
     solved: set[int] = set()
@@ -337,8 +345,6 @@ def check_exercises(notebook: NotebookNode) -> Iterator[str]:
                 yield f"cell {number}: a solution outside an exercise"
             if "hide-cell" not in tags(cell):
                 yield f"cell {number}: the solution is not folded in the book (tag hide-cell)"
-            if not cell.metadata.get("jupyter", {}).get("source_hidden"):
-                yield f"cell {number}: the solution is not folded in Jupyter; run tests/notebook_execute.py"
     if found != list(range(1, EXERCISES + 1)):
         yield f"exercises found: {found}, expected 1 to {EXERCISES}, each with a heading '### Exercise N'"
     for exercise in found:
@@ -361,6 +367,7 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_paths,
     check_markdown,
     check_page,
+    check_folded,
     check_exercises,
 )
 

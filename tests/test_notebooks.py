@@ -199,6 +199,7 @@ BROKEN = {
     "unsolved": (_source(5, "### Exercise 1 · Think"), "exercise 1 has no folded solution"),
     "unfolded in the book": (_tags(7, "solution"), "not folded in the book"),
     "unfolded in Jupyter": (lambda n: n.cells[7].metadata.pop("jupyter"), "not folded in Jupyter"),
+    "open code of a figure": (_tags(3, "hide-input"), "tagged hide-input, and not folded in Jupyter"),
     "stray solution": (
         _source(9, "## Take-away\n<details><summary>Solution</summary>x</details>\n## References"),
         "outside",
