@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pxp.data import ASSETS
+import pxp
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "how-sure.md"
 
 
 def stored() -> dict:
     """What ``coverage.py`` has found."""
-    return json.loads((ASSETS / "evidence" / "coverage.json").read_text(encoding="utf8"))
+    return pxp.load_evidence("coverage")
 
 
 def page(found: dict) -> str:

@@ -1,7 +1,7 @@
 """How fast samplers find good settings: ``python recipes/samplers.py [SAMPLER ...]`` replays them on ``vgg-grid``.
 
 Every setting of the paper's space on the VGG was measured once, so a trial is a lookup, and a sampler can be run with
-many seeds. What is kept, as ``pxp/assets/studies/vgg-samplers.json``: for each sampler and seed the best value after
+many seeds. What is kept, as ``pxp/assets/evidence/samplers.json``: for each sampler and seed the best value after
 every ten trials. Seeds that are there are not run again, so that the Gaussian process can be given more time:
 ``python recipes/samplers.py gp --seconds 3600``.
 """
@@ -20,7 +20,7 @@ import pxp
 from pxp.data import ASSETS
 from pxp.search.space import SearchSpace
 
-PATH = ASSETS / "studies" / "vgg-samplers.json"
+PATH = ASSETS / "evidence" / "samplers.json"
 AFTER = list(range(10, 101, 10))  # trials
 # sampler → how it is made, and how many seeds are wanted
 SAMPLERS = {
