@@ -28,6 +28,7 @@ PARTS = ("You will learn", "Before you start", "## Pitfalls", "## Exercises", "#
 MAX_LINES = 25
 MAX_COLUMNS = 80  # the book's page shows about 85
 MAX_BYTES = 1_000_000
+MAX_OPEN = 25  # code cells whose code shows
 EXERCISES = 3
 
 # import name -> name in requirements.txt, where the two differ (or where the second always brings the first)
@@ -52,6 +53,7 @@ KNOWN_TAGS = {
 KNOWN_COMMENTS = {"NBVAL_IGNORE_OUTPUT", "NBVAL_SKIP", "NBVAL_RAISES_EXCEPTION", "NBVAL_CHECK_OUTPUT"}
 
 ABSOLUTE_PATH = re.compile(r"(?<![\w/.:])(?:/(?:home|root|tmp|usr|work|opt|mnt|content|Users|var)/|[A-Z]:\\\\)")
+VERDICT = re.compile(r"(?:^|[\s:|])(?:True|False|yes|no)\s*$|^(?:True|False|yes|no)\s*\|")
 PART = re.compile(r"^#{1,2} |^#{2,4} Exercise (\d+)\b|<details>\s*<summary>[^<]*Solution", re.MULTILINE)
 DIRECTIVE = re.compile(r"^\s*(?:`{3,}|:{3,})\{[\w:-]+\}|(?<!`)\{[\w:-]+\}`[^`]", re.MULTILINE)
 
@@ -189,6 +191,23 @@ def check_size(notebook: NotebookNode) -> Iterator[str]:
     size = len(json.dumps(notebook, ensure_ascii=False).encode())
     if size > MAX_BYTES:
         yield f"notebook has {size:,} bytes, at most {MAX_BYTES:,}"
+
+
+def check_open_cells(notebook: NotebookNode) -> Iterator[str]:
+    hidden = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+    shown = sum(not tags(cell) & hidden for _, cell in code_cells(notebook))
+    if shown > MAX_OPEN:
+        yield f"{shown} code cells show their code, at most {MAX_OPEN}: join some, tag those that draw hide-input"
+
+
+def check_values(notebook: NotebookNode) -> Iterator[str]:
+    """A verdict tells a reader less than the number that it was made of."""
+    for number, cell in code_cells(notebook):
+        for output in cell.outputs:
+            text = output.get("text", "") or output.get("data", {}).get("text/plain", "")
+            for line in text.splitlines():
+                if VERDICT.search(line):
+                    yield f"cell {number}: {line.strip()[:60]!r} is a verdict; print the value"
 
 
 def check_metadata(notebook: NotebookNode) -> Iterator[str]:
@@ -359,6 +378,8 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_markers,
     check_tolerance,
     check_size,
+    check_open_cells,
+    check_values,
     check_columns,
     check_metadata,
     check_figures,

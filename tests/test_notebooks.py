@@ -199,6 +199,14 @@ BROKEN = {
     "unsolved": (_source(5, "### Exercise 1 · Think"), "exercise 1 has no folded solution"),
     "unfolded in the book": (_tags(7, "solution"), "not folded in the book"),
     "unfolded in Jupyter": (lambda n: n.cells[7].metadata.pop("jupyter"), "not folded in Jupyter"),
+    "a verdict": (
+        lambda n: n.cells[2].outputs[0].update(text="LRP beats chance: True\n"),
+        "'LRP beats chance: True' is a verdict; print the value",
+    ),
+    "too many open cells": (
+        lambda n: n.cells.extend(new_code_cell("1", execution_count=5 + i) for i in range(25)),
+        "28 code cells show their code, at most 25",
+    ),
     "open code of a figure": (_tags(3, "hide-input"), "tagged hide-input, and not folded in Jupyter"),
     "stray solution": (
         _source(9, "## Take-away\n<details><summary>Solution</summary>x</details>\n## References"),
