@@ -134,7 +134,7 @@ def test_make_runs_its_targets_in_order_of_cost():
         "notebook_lint.py",
         "mypy",
         "jupyter-book build",
-        "pytest -q -n 2 tests",
+        "pytest -q -n 2 --dist worksteal tests",
         "--nbval",
     ]
     positions = [plan.index(step) for step in steps]
