@@ -22,7 +22,7 @@ def test_tables_of_results_are_read_by_name():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_shipped_curves_are_found_again(task):
-    """Some images, at some rates, of the first draw: exactly the images that were right."""
+    """Every twentieth image, at some rates, of the first draw: those that were right are right, and no other draw's."""
     network, kind = TASKS[task]
     shipped, data, model = pxp.load_curves(task), pxp.load_dataset(), pxp.load_model(network)
     units = pxp.find_components(model, kind)
@@ -32,9 +32,10 @@ def test_shipped_curves_are_found_again(task):
         stored, places = shipped[name], [0, 2, 4, 8, 12]
         scores = pxp.attribute(model, refs, units, criterion, progress=False)
         found = pxp.pruning_curve(model, scores, some, rates=[stored.rates[i] for i in places], progress=False)
-        # an image in a hundred may stand so close to the line that another batch puts it beyond
-        differ = found.right[0] != stored.right[0][places, ::20]
-        assert differ.mean() < 0.02, (name, differ.mean(1))
+        right = stored.right[:, places, ::20]
+        differ = (found.right[0] != right).mean((1, 2))
+        # one in 250 may stand so close to the line that another batch puts it beyond
+        assert differ[0] <= 0.004 and (differ[1:] > 0.008).all(), (name, differ)
 
 
 @pytest.mark.parametrize("task", TASKS)
