@@ -195,23 +195,16 @@ class _Constants(Signals):
             self._need_elementwise(name, x, args, options)
         leaf = None if module._modules else self.kinds[name]
         if leaf is not None and x is not None and self.of(x) is not None and isinstance(output, Tensor):
-            zero = torch.zeros_like(x)
-            zeros = tuple(zero if value is x else value for value in args)
-            named = {key: zero if value is x else value for key, value in options.items()}
-            with torch.no_grad():
-                if type(module) in LAYERS:  # without running it
-                    ahead = () if isinstance(module, LINEAR) else (1,) * (module.weight.ndim - 2)
-                    nothing = output.new_zeros(()) if module.bias is None else module.bias.reshape(-1, *ahead)
-                    if self.hooks[name]:
-                        nothing = nothing.expand_as(output).clone()
-                else:
-                    nothing = module.forward(*zeros, **named)
-                for hook in self.hooks[name]:  # a mask silences the bias too
-                    changed = hook(module, zeros, named, nothing)
-                    nothing = nothing if changed is None else changed
-            if leaf.passes == "identity":
-                nothing = torch.where(x == 0, nothing, 0)
-            self._note(nothing, output)
+            if type(module) in LAYERS and not self.hooks[name]:  # without running it
+                ahead = () if isinstance(module, LINEAR) else (1,) * (module.weight.ndim - 2)
+                nothing = None if module.bias is None else module.bias.detach().reshape(-1, *ahead).clone()
+            else:
+                with self._at_zero(name):
+                    nothing = self._module_at_zero(name, x, args, options)
+                    if leaf.passes == "identity":
+                        nothing = torch.where(x == 0, nothing, 0)
+            if nothing is not None:
+                self._note(nothing, output)
         super().leave(name, args, options, output)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -225,21 +218,47 @@ class _Constants(Signals):
         kind = kind_of_function(func)
         # now, for it may write into what it is given
         at_rest = signals[0].detach() == 0 if kind is not None and kind.passes == "identity" else None
-        before = [_version(t) for t in given]
+        before, shapes = [_version(t) for t in given], [t.shape for t in signals]
         result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, Tensor) and result.requires_grad:
             writes = any(version is None or version != _version(t) for t, version in zip(given, before, strict=True))
-            zeros = {id(t): torch.zeros_like(t) for t in signals}
+            zeros = {id(t): t.new_zeros(shape) for t, shape in zip(signals, shapes, strict=True)}
 
             def at_zero(value: object) -> object:
                 if isinstance(value, Tensor):
                     return zeros.get(id(value), value.detach().clone() if writes else value.detach())
                 return type(value)(map(at_zero, value)) if type(value) in (tuple, list) else value  # type: ignore
 
-            with torch.no_grad():
+            with self._at_zero(inside):
                 nothing = func(*at_zero(args), **{key: at_zero(value) for key, value in options.items()})  # type: ignore
-            self._note(nothing if at_rest is None else torch.where(at_rest, nothing, 0), result)
+                if nothing.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in given}:
+                    nothing = nothing.clone()  # whoever writes there later shall not change what was given now
+                nothing = nothing if at_rest is None else torch.where(at_rest, nothing, 0)
+            self._note(nothing, result)
         return result
+
+    def _module_at_zero(self, name: str, x: Tensor, args: tuple, options: dict) -> Tensor:
+        """What a module, and its hooks behind it, give for inputs of 0; a mask silences the bias too."""
+        module, zero = self.modules[name], torch.zeros_like(x)
+        zeros = tuple(zero if value is x else value for value in args)
+        named = {key: zero if value is x else value for key, value in options.items()}
+        nothing = module.forward(*zeros, **named)
+        for hook in self.hooks[name]:
+            changed = hook(module, zeros, named, nothing)
+            nothing = nothing if changed is None else changed
+        return nothing
+
+    @contextmanager
+    def _at_zero(self, name: str) -> Iterator[None]:
+        """An error in what only this check computes is a refusal: what cannot be tried is not believed."""
+        try:
+            with torch.no_grad():
+                yield
+        except Exception as error:
+            where = f"{name!r} ({type(self.modules[name]).__name__})"
+            raise ValueError(
+                f"{where} cannot be explained: what it adds is what it gives for inputs of 0: {error}"
+            ) from error
 
     @torch.no_grad()
     def _need_elementwise(self, name: str, x: Tensor, args: tuple, options: dict) -> None:

@@ -149,6 +149,65 @@ def test_a_table_that_is_wrong_is_found(kind, monkeypatch):
         pxp.heatmap(around(middle), x, labels)
 
 
+def shrinking() -> nn.Module:
+    """A linear layer whose hook averages what it gives."""
+    layer = nn.Linear(8, 8)
+    layer.register_forward_hook(lambda module, inputs, output: output.mean(-1, keepdim=True))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer)
+
+
+class Squeezes(nn.Module):
+    """Takes a dimension of a tensor away in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu().flatten(2).mean(2, keepdim=True)
+        x.squeeze_(2)
+        return x
+
+
+class Halves(nn.Module):
+    """Writes into a layer's bias once it has been added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
+        shift = self.layer.bias.detach() + 1
+        del self.layer.bias
+        self.layer.register_buffer("bias", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        self.layer.bias.mul_(0.5)
+        return x.relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [shrinking, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Squeezes()), Halves])
+def test_a_constant_is_what_was_added_then(make):
+    """Whatever a hook, or what runs later, makes of shapes and values: the sum is right, and sees what is wrong."""
+    torch.manual_seed(0)
+    front = make().eval()
+    features = front(torch.randn(1, 3, 8, 8)).shape[1]
+    images, label = torch.randn(1, 3, 8, 8), torch.tensor([1])
+    assert bool(pxp.heatmap(nn.Sequential(front, nn.Linear(features, 4)), images, label).isfinite().all())
+    wrong = nn.Sequential(make().eval(), Calls(doubled_on_the_way_back), nn.Linear(features, 4))
+    with pytest.raises(ValueError, match=r"under LRP-0 relevance is not conserved in '1' \(Calls\)"):
+        pxp.heatmap(wrong, images, label)
+
+
+def test_what_cannot_be_tried_on_zeros_is_refused():
+    layer = nn.Linear(10, 10)
+
+    def fails(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        if not bool(inputs[0].any()):
+            raise RuntimeError("nothing to measure")
+        return output
+
+    layer.register_forward_hook(fails)
+    x, labels = samples()
+    with pytest.raises(ValueError, match=r"'1' \(Linear\) cannot be explained.*inputs of 0: nothing to measure"):
+        pxp.heatmap(around(layer), x, labels)
+
+
 def test_conservation_by_hand():
     """A linear network without biases passes everything on; a bias absorbs its share."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).double()

@@ -86,6 +86,13 @@ FAULTS = [
           "network/test_layers.py -k not_known"),
     Fault("a pass that was broken off counts", "lrp/balance.py",
           "            waiting[name].remove()", "            pass", "lrp/test_balance.py -k input_rule"),
+    Fault("a constant is what its memory holds later", "lrp/balance.py",
+          ".reshape(-1, *ahead).clone()", ".reshape(-1, *ahead)", "lrp/test_balance.py -k added_then"),
+    Fault("a constant has the shape that was left", "lrp/balance.py",
+          "id(t): t.new_zeros(shape)", "id(t): torch.zeros_like(t)", "lrp/test_balance.py -k added_then"),
+    Fault("hooks behind a layer are forgotten", "lrp/balance.py",
+          "if type(module) in LAYERS and not self.hooks[name]:", "if type(module) in LAYERS:",
+          "lrp/test_balance.py -k added_then"),
     # --- rules ----------------------------------------------------------------------------------------------------------
     Fault("epsilon has the wrong sign", "lrp/rules.py",
           "return ratio.div_(ratio + self.epsilon).mul_(grad)", "return ratio.div_(ratio - self.epsilon).mul_(grad)",
