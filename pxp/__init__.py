@@ -16,7 +16,7 @@ from .cost import Cost, compare_costs, cost
 from .criteria import Activation, Criterion, IntegratedGradients, Magnitude, Random, Taylor
 from .curve import Curve, load_curves, save_curves
 from .data import load_dataset, load_evidence, reference_samples
-from .evaluate import accuracy, pruning_curve
+from .evaluate import accuracies, accuracy, pruning_curve
 from .lrp.composites import LRP, depth_groups
 from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
@@ -68,6 +68,7 @@ __all__ = [
     "WeightedActivation",
     "ZBox",
     "ZPlus",
+    "accuracies",
     "accuracy",
     "attribute",
     "attribute_draws",

@@ -11,6 +11,7 @@ from .bars import bar
 from .batches import BATCH_SIZE, Data, batches, distinct, fingerprints, refuse_shared
 from .budget import latencies
 from .curve import Curve
+from .masks import Mask
 from .models import trained_on
 from .rates import RATES, as_rates
 from .repair import as_repair
@@ -51,6 +52,43 @@ def accuracy(
         Data of another type; samples that are no pairs (image, label).
     """
     return float(hits(model, data, classes=classes, batch_size=batch_size).double().mean())
+
+
+def accuracies(
+    model: nn.Module,
+    masks: Sequence[Mask],
+    data: Data,
+    *,
+    classes: Sequence[int] | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> list[float]:
+    """Top-1 accuracy under each of several masks; what their networks have in common is computed once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    masks : sequence of Mask
+        Of components of this model.
+    data, classes, batch_size
+        As for :func:`accuracy`.
+    progress : bool, default True
+        Show a bar when it takes longer than five seconds.
+
+    Returns
+    -------
+    list of float
+        In the order of ``masks``, each as :func:`accuracy` inside :func:`pxp.masked`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`accuracy` and :func:`pxp.masked`.
+    """
+    sweep = Sweep(model, data, classes=classes, batch_size=batch_size)
+    with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
+        return sweep.accuracies(masks, ahead.update)
 
 
 def pruning_curve(

@@ -118,6 +118,52 @@ class Scores(ByLayer):
         )
         return made
 
+    def arranged_by(self, other: Scores) -> Scores:
+        """Where by these scores, which by others: each layer's scores, handed out in the order of ``other``.
+
+        What is selected by them (by magnitude) prunes as many components of each layer as these scores do, and within
+        a layer those that ``other`` would prune first (equal scores of a layer go by their index, as ever). So criteria can be compared for *which* components they choose
+        where the layers lose the same, and for *where* they prune when the choice within layers is the same. With a
+        random ``other`` it is :meth:`shuffled`.
+
+        Parameters
+        ----------
+        other : Scores
+            Of the same components.
+
+        Returns
+        -------
+        Scores
+            Without a sign: the order of ``other`` is that of its magnitudes.
+
+        Raises
+        ------
+        ValueError
+            Scores of other components.
+        """
+        sizes = [{name: (layer.kind, layer.size) for name, layer in one.units.items()} for one in (self, other)]
+        if sizes[0] != sizes[1]:
+            odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
+            raise ValueError(
+                f"scores are arranged by scores of the same components; others are {', '.join(dict.fromkeys(odd))}"
+            )
+        values, signed = {}, {}
+        for name in self:
+            place = other[name].argsort(stable=True)
+            mine = self[name].argsort(stable=True)
+            values[name], signed[name] = torch.empty_like(self[name]), torch.empty_like(self.signed[name])
+            values[name][place], signed[name][place] = self[name][mine], self.signed[name][mine]
+        return Scores(
+            self.units,
+            values,
+            signed,
+            criterion=f"{self.criterion}, arranged by {other.criterion}",
+            samples=max(self.samples, other.samples),
+            has_sign=False,
+            references=self.references | other.references,
+            tuned_on=self.tuned_on | other.tuned_on,
+        )
+
     def select(
         self,
         rate: float | None = None,

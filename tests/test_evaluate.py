@@ -119,6 +119,8 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
             by_hand.append(pxp.accuracy(model, (images, labels)))
     assert same(before, snapshot(model))
     assert curve.accuracy.tolist() == by_hand
+    assert pxp.accuracies(model, [scores.select(rate) for rate in rates], (images, labels)) == by_hand
+    assert pxp.accuracies(model, [], (images, labels)) == []
     assert by_hand[0] == 1.0 and len(set(by_hand)) > 2
     # not only as many hits: the same logits
     mask = scores.select(0.3)

@@ -165,6 +165,39 @@ def test_shuffled_scores_prune_as_many_of_each_layer(layers, options, rate, seed
     assert counts[0] == counts[1]
 
 
+@given(st.data())
+def test_arranged_scores_take_the_layers_of_one_and_the_components_of_another(data):
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(sum(sizes))))
+    where = data.draw(st.lists(st.floats(0, 10), min_size=sum(sizes), max_size=sum(sizes), unique=True))
+    cut = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    one, other = (
+        made({f"layer{i}": [float(v) for v in values[cut[i] : cut[i + 1]]] for i in range(len(sizes))})
+        for values in (where, order)
+    )
+    both = one.arranged_by(other)
+    rate = data.draw(st.floats(0, 1))
+    mask, expected = both.select(rate), one.select(rate)
+    for name in one:
+        assert int(mask[name].sum()) == int(expected[name].sum())
+        kept, gone = other[name][mask[name]], other[name][~mask[name]]
+        assert not len(kept) or not len(gone) or gone.max() < kept.min()
+    same = one.arranged_by(one)
+    assert all(torch.equal(same[name], one[name]) for name in one)
+
+
+def test_arranged_scores_say_what_they_are():
+    one = made({"a": [1.0, 2.0, 3.0], "b": [4.0]}, {"a": [-1.0, 2.0, -3.0], "b": [4.0]})
+    other = made({"a": [5.0, 1.0, 3.0], "b": [4.0]})
+    both = one.arranged_by(other)
+    assert both["a"].tolist() == [3.0, 1.0, 2.0] and both.signed["a"].tolist() == [-3.0, -1.0, 2.0]
+    assert both.criterion == "by hand, arranged by by hand"
+    with pytest.raises(ValueError, match="no sign"):
+        both.select(0.5, by="signed")
+    with pytest.raises(ValueError, match="scores of the same components; others are a"):
+        one.arranged_by(made({"a": [1.0, 2.0], "b": [4.0]}))
+
+
 def test_shuffled_scores_are_others_and_say_so(tmp_path):
     values = {"a": [float(i) for i in range(50)], "b": [100.0 + i for i in range(50)]}
     scores = made(values)
