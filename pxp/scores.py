@@ -122,9 +122,9 @@ class Scores(ByLayer):
         """Where by these scores, which by others: each layer's scores, handed out in the order of ``other``.
 
         What is selected by them (by magnitude) prunes as many components of each layer as these scores do, and within
-        a layer those that ``other`` would prune first (equal scores of a layer go by their index, as ever). So criteria can be compared for *which* components they choose
-        where the layers lose the same, and for *where* they prune when the choice within layers is the same. With a
-        random ``other`` it is :meth:`shuffled`.
+        a layer those that ``other`` would prune first; equal scores of a layer go by their index, as ever. So criteria
+        can be compared for *which* components they choose where the layers lose the same, and for *where* they prune
+        when the choice within layers is the same. With a random ``other`` it is :meth:`shuffled`.
 
         Parameters
         ----------

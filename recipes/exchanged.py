@@ -1,4 +1,6 @@
-"""Where by one criterion, which by another: ``python recipes/exchanged.py TASK...`` writes ``curves/exchanged-TASK.json``.
+"""Where by one criterion, which by another: ``python recipes/exchanged.py TASK...``.
+
+Writes ``pxp/assets/curves/exchanged-TASK.json``.
 
 Each criterion decides how many components every layer loses, and each criterion which ones
 (:meth:`pxp.Scores.arranged_by`), at one rate, over ten draws of references, on 1,000 unseen images. A curve's name is
