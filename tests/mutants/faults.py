@@ -212,6 +212,9 @@ FAULTS = [
     Fault("the control shuffles signs apart", "scores.py",
           "{name: values[order[name]] for name, values in self.signed.items()}", "self.signed",
           "test_scores.py -k shuffled"),
+    Fault("arranged scores begin at the other end", "scores.py",
+          "place = other[name].argsort(stable=True)", "place = other[name].argsort(descending=True, stable=True)",
+          "test_scores.py -k arranged"),
     Fault("a budget is overdrawn by one step", "budget.py",
           "return self.left(mask) <= self.share", "return self.left(mask) <= self.share + 0.05", "test_budget.py"),
     # --- recovering, tuning -------------------------------------------------------------------------------------------------
