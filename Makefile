@@ -66,7 +66,11 @@ book: .venv/.installed
 links: .venv/.installed
 	$(BIN)/jupyter-book build . --all -q --builder linkcheck
 
-test: lint book unit nbval
+# the book takes one core, style and types another
+test: .venv/.installed
+	$(MAKE) -j2 lint book
+	$(MAKE) unit
+	$(MAKE) nbval
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -75,7 +79,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 unit: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 tests
 
 zoo: .venv/.installed
 	cd tests && ../$(BIN)/python -m zoo.run $(if $(WRITE),--write)

@@ -15,7 +15,7 @@ from .conservation import Conservation, conservation
 from .cost import Cost, compare_costs, cost
 from .criteria import Activation, Criterion, IntegratedGradients, Magnitude, Random, Taylor
 from .curve import Curve, load_curves, save_curves
-from .data import load_dataset, load_evidence, reference_samples
+from .data import load_dataset, load_evidence, load_photographs, reference_samples
 from .evaluate import accuracies, accuracy, pruning_curve
 from .lrp.composites import LRP, depth_groups
 from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
@@ -89,6 +89,7 @@ __all__ = [
     "load_dataset",
     "load_evidence",
     "load_model",
+    "load_photographs",
     "load_study",
     "masked",
     "model_card",

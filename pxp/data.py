@@ -228,6 +228,31 @@ def load_dataset(name: str = "fashion-mnist", *, full: bool = False, root: str |
     return ImageData(name, FASHION_MNIST_CLASSES, tuple(range(10)), **parts)
 
 
+def load_photographs() -> Split:
+    """Four photographs, to look at what a network of ImageNet sees in them; too few to measure anything.
+
+    A cat (Chelsea), a cup of coffee, a rocket and an astronaut, from scikit-image's data (CC0 and public domain, see
+    the card beside the file).
+
+    Returns
+    -------
+    Split
+        Images float32 (4, 3, 224, 224) in [-1, 1], as ``pxp.load_model("efficientnet-lite0")`` takes them: 0 is grey,
+        −1 black. Labels are those of ImageNet's 1,000 classes that come nearest: Egyptian cat (285), espresso (967),
+        missile (657); an astronaut is none of them, and has the class that this network gives it, bobsled (450).
+
+    Raises
+    ------
+    ValueError
+        The file is damaged.
+    """
+    path = ASSETS / "photographs.npz"
+    verify(path)
+    with np.load(path, allow_pickle=False) as archive:
+        images = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Split(images.contiguous(), torch.from_numpy(archive["labels"]))
+
+
 def training_images() -> set[str]:
     """Fingerprints of training images of Fashion-MNIST: the shipped ones, and all that were loaded with ``full=True``.
 

