@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -232,8 +233,8 @@ class _Readers:
         calls = dict.fromkeys(self.layers, 0)
         generator = torch.Generator().manual_seed(round(10 * abs(scale)))
 
-        def pinned(name: str, inputs: tuple, output: Tensor) -> Tensor:
-            seen.append((name, forward_ad.unpack_dual(inputs[0]).tangent))
+        def pinned(name: str, given: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append((name, forward_ad.unpack_dual(given).tangent))
             kept = self.given[name][calls[name]].clone()
             calls[name] += 1
             if name != changed:
@@ -246,7 +247,7 @@ class _Readers:
                 tangent = (tangent.movedim(channel, -1) * codes).movedim(-1, channel)
             return forward_ad.make_dual(kept, tangent)
 
-        with forward_ad.dual_level(), _hooked(self.layers, pinned), eager():
+        with forward_ad.dual_level(), _replaced(self.layers, pinned), eager():
             self.twin(self.images)
             return seen
 
@@ -287,6 +288,24 @@ def _column_norms(layer: Any) -> Tensor:
         return weight.flatten(1).sum(1)
     weight = weight.unflatten(0, (groups, -1)).flatten(3) if weight.ndim > 2 else weight[None, ..., None]
     return weight.sum((1, 3)).flatten()
+
+
+class _replaced:
+    """Calls ``instead(name, *inputs)`` in the place of each layer, whose own work is not done."""
+
+    def __init__(self, layers: dict[str, Any], instead: Callable[..., Tensor]) -> None:
+        self.layers, self.instead = layers, instead
+
+    def __enter__(self) -> None:
+        self.own = {name: vars(layer).get("forward") for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.forward = partial(self.instead, name)
+
+    def __exit__(self, *_: object) -> None:
+        for name, layer in self.layers.items():
+            del layer.forward
+            if self.own[name] is not None:
+                layer.forward = self.own[name]
 
 
 class _hooked:
