@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import spearmanr
 
 import pxp
+from recipes.measured import PAGE, page
 
-TASKS = {"vgg": ("vgg", "filter"), "vit-heads": ("vit", "head")}
+TASKS = {
+    "vgg": ("vgg", "filter"),
+    "resnet": ("resnet", "filter"),
+    "vit-heads": ("vit", "head"),
+    "vit-neurons": ("vit", "neuron"),
+}
 
 
 def test_tables_of_results_are_read_by_name():
@@ -43,3 +51,66 @@ def test_shipped_curves_are_of_ten_draws_on_the_unseen_images(task):
     for name, curve in pxp.load_curves(task).items():
         assert curve.images == 2000 and curve.rates == pxp.evaluate.RATES, name
         assert len(curve.runs) == (10 if curve.depends else 1), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_oracle_is_what_silencing_does(task):
+    """Three components, silenced by a mask, on the images of the recipe: the loss rises by what is stored."""
+    network, kind = TASKS[task]
+    data, model = pxp.load_dataset(), pxp.load_model(network)
+    units = pxp.find_components(model, kind)
+    stored = pxp.load_evidence(f"oracle-{task}")["silenced"]
+
+    @torch.no_grad()
+    def loss():
+        logits = torch.cat([model(part) for part in data.tune.images.split(250)])
+        return float(torch.nn.functional.cross_entropy(logits.double(), data.tune.labels))
+
+    whole = loss()
+    for layer in list(units)[:: max(1, len(units) // 2)]:
+        index = int(np.argmax(np.abs(stored[layer])))
+        kept = dict(pxp.Mask.all(units))
+        kept[layer] = torch.arange(units[layer].size) != index
+        with pxp.masked(model, pxp.Mask(units, kept)):
+            assert loss() - whole == pytest.approx(stored[layer][index], rel=1e-3, abs=2e-5), layer
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_stored_correlations_are_those_with_the_oracle(task):
+    network, kind = TASKS[task]
+    model = pxp.load_model(network)
+    units = pxp.find_components(model, kind)
+    found = pxp.load_evidence(f"oracle-{task}")
+    refs = pxp.reference_samples(pxp.load_dataset().reference, per_class=1)
+    scores = pxp.attribute(model, refs, units, pxp.Magnitude(), progress=False)  # needs no images
+    table = found["criteria"]["magnitude"]["magnitude"]
+    for layer in ("", *units):
+        names = [layer] if layer else list(units)
+        mine = torch.cat([scores[name] for name in names]).numpy()
+        oracle = np.concatenate([found["silenced"][name] for name in names])
+        assert table[layer][0] == pytest.approx(spearmanr(mine, oracle).statistic, abs=2e-3), layer
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_exchanged_curves_are_found_again(task):
+    """Every tenth image, of the first draw: the layers of Taylor, the components of LRP-epsilon."""
+    network, kind = TASKS[task]
+    data, model = pxp.load_dataset(), pxp.load_model(network)
+    units = pxp.find_components(model, kind)
+    shipped = pxp.load_curves(f"exchanged-{task}")
+    assert len(shipped) == 25 and all(curve.images == 1000 for curve in shipped.values())
+    stored = shipped["Taylor | LRP-epsilon"]
+    assert len(stored.runs) == 10
+    refs = pxp.reference_samples(data.reference, per_class=10, seed=0)
+    where, which = (
+        pxp.attribute(model, refs, units, each, progress=False) for each in (pxp.Taylor(), pxp.LRP("epsilon"))
+    )
+    images, labels = pxp.reference_samples(data.eval, per_class=100)
+    found = pxp.pruning_curve(
+        model, where.arranged_by(which), (images[::10], labels[::10]), rates=stored.rates, progress=False
+    )
+    assert (found.right[0] != stored.right[0][:, ::10]).mean() <= 0.02
+
+
+def test_the_page_is_what_its_recipe_writes():
+    assert PAGE.read_text(encoding="utf8") == page()

@@ -1,0 +1,110 @@
+"""The page *What was measured* of the book: ``python recipes/measured.py`` writes it of what other recipes have found.
+
+``results.py`` (criteria and their controls) and ``oracle.py`` (leave one out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+import pxp
+
+PAGE = Path(__file__).resolve().parent.parent / "book" / "measured.md"
+HEADS = {"vgg": "VGG, filters", "resnet": "ResNet, filters", "vit-heads": "ViT, heads", "vit-neurons": "ViT, neurons"}
+
+
+def table(names: Iterable[str], cell: Callable[[str, str], str]) -> str:
+    """Markdown, a row for each name and a column for each task."""
+    lines = ["| | " + " | ".join(HEADS.values()) + " |", "| --- " * (1 + len(HEADS)) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(cell(name, task) for task in HEADS) + " |" for name in names])
+
+
+def ranged(mean: float | None, low: float | None = None, high: float | None = None) -> str:
+    """In hundredths."""
+    if mean is None:
+        return "–"
+    bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * mean:.1f}{bounds}"
+
+
+def page() -> str:
+    curves = {task: pxp.load_curves(task) for task in HEADS}
+    oracle = {task: pxp.load_evidence(f"oracle-{task}")["criteria"] for task in HEADS}
+    shuffled = {name.removesuffix(", shuffled"): name for name in curves["vgg"] if name.endswith(", shuffled")}
+    criteria = list(dict.fromkeys(name for rows in curves.values() for name in rows if name not in shuffled.values()))
+
+    def area(name: str, task: str) -> str:
+        curve = curves[task].get(name)
+        return ranged(None) if curve is None else ranged(curve.a_pr, *curve.a_pr_interval())
+
+    def filters(name: str, task: str) -> str:
+        found = pxp.compare(curves[task][name], curves[task][shuffled[name]])
+        return ranged(found.difference, found.low, found.high)
+
+    def layers(name: str, task: str) -> str:
+        found = pxp.compare(curves[task][shuffled[name]], curves[task]["random"])
+        return ranged(found.difference, found.low, found.high)
+
+    def rank(name: str, task: str) -> str:
+        found = oracle[task].get(name, {}).get("magnitude", {"": [None]})
+        return ranged(*found[""])
+
+    def rank_within(name: str, task: str) -> str:
+        found = oracle[task].get(name, {}).get("magnitude", {})
+        values = [row[0] for layer, row in found.items() if layer and row[0] is not None]
+        return ranged(float(np.mean(values))) if values else ranged(None)
+
+    ranked = list(oracle["vgg"])
+    return f"""\
+# What was measured
+
+<!-- Written by `python recipes/measured.py`; edit that. -->
+
+The numbers behind the chapters, all on the networks that ship with the package: two small convolutional
+networks and one vision transformer with 0.3 million parameters, on Fashion-MNIST. What holds for them need
+not hold for yours; how to find out for yours is what the chapters are for. All values are in hundredths;
+brackets are 95 % intervals ([how sure](how-sure.md) they are).
+
+## Criteria
+
+Area under the pruning curve, $A_{{PR}}$: accuracy, averaged over the rates 0, 5, … 95 %, on the 2,000 images
+that no search has seen. Ten draws of ten reference images per class; what depends on no draw is measured
+once. "Tuned on" is the winner of a search on another task.
+
+{table(criteria, area)}
+
+## Which layers, or which components?
+
+A ranking over the whole network decides two things: how much each layer loses, and what it loses. Scores that
+are shuffled within each layer ({{py:meth}}`pxp.Scores.shuffled`) prune as many components of each layer, but
+others. First what the choice *of* layers adds, the shuffled scores minus a random ranking:
+
+{table(shuffled, layers)}
+
+Then what the choice *within* layers adds, the criterion minus its shuffled self:
+
+{table(shuffled, filters)}
+
+## Leave one out
+
+What criteria estimate can be measured: the rise of the loss when one component alone is silenced
+({{py:class}}`pxp.Ablation`), here on the 1,000 images of the tune split. Spearman's rank correlation with it
+of what a criterion ranks by; intervals over ten draws of references. "ablation" is the same measurement on
+the references: what one draw of 100 images can know.
+
+{table(ranked, rank)}
+
+The same within each layer, averaged over the layers:
+
+{table(ranked, rank_within)}
+
+The curves are data of the package ({{func}}`pxp.load_curves`), made by `recipes/results.py`; so are the
+correlations ({{func}}`pxp.load_evidence`), made by `recipes/oracle.py`.
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf8")
