@@ -2,11 +2,13 @@
 
 Every notebook runs in a fresh kernel, from its own folder. What differs between two runs of the same notebook without
 meaning anything (time stamps, kernel version, widget state, cell ids) is removed, so that a diff shows real changes
-only. Cells tagged ``solution`` or ``hide-input`` are folded for Jupyter and Colab. ``--normalise`` does only this and runs nothing.
+only. Heavy figures are written with a palette. Cells tagged ``solution`` or ``hide-input`` are folded for Jupyter and Colab. ``--normalise`` does only this and runs nothing.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import sys
 import time
 from pathlib import Path
@@ -14,8 +16,10 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+HEAVY = 200_000  # bytes of a figure from which it is written with a palette
 CELL_TIMEOUT = 120  # seconds, as for nbval in the Makefile
 # tag of cells whose code is folded → what the book's button says to show and to hide it
 FOLDED = {"hide-input": ("Show the code", "Hide the code"), "solution": ("Solution", "Solution")}
@@ -59,7 +63,22 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = lighter(output.data["image/png"])
     return notebook
+
+
+def lighter(figure: str) -> str:
+    """A heavy figure (base64 of a PNG) in 256 colours: heatmaps and photographs do not compress otherwise."""
+    data = base64.b64decode(figure)
+    if len(data) < HEAVY:
+        return figure
+    image = Image.open(io.BytesIO(data))
+    if image.mode == "P":
+        return figure
+    written = io.BytesIO()
+    image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT).save(written, "PNG", optimize=True)
+    return base64.b64encode(written.getvalue()).decode()
 
 
 def fold(cell: NotebookNode, show: str, hide: str) -> None:

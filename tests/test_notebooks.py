@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
 import inspect
+import io
 import os
 import tomllib
 
 import nbformat
 import notebook_execute
 import notebook_lint
+import numpy as np
 import pytest
 import torch
 import torchvision
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 import pxp
 from pxp.data import IMAGENETTE_CLASSES, ImageData, Photographs
@@ -337,6 +341,21 @@ def test_normal_form_removes_what_differs_between_runs():
     noisy.cells[2].execution_count = 17
     noisy.cells[2].outputs = [new_output("stream", text="2"), new_output("stream", text="\n")]
     assert notebook_execute.normalise(noisy) == notebook
+
+
+def test_heavy_figures_are_written_with_a_palette():
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 4), dtype=np.uint8)
+    figures = []
+    for pixels in (noise, noise[:50, :50]):
+        written = io.BytesIO()
+        Image.fromarray(pixels, "RGBA").save(written, "PNG")
+        figures.append(base64.b64encode(written.getvalue()).decode())
+    heavy, light = figures
+    lighter = notebook_execute.lighter(heavy)
+    assert len(lighter) < len(heavy) / 2 and notebook_execute.lighter(lighter) == lighter
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(lighter))).convert("RGB"), dtype=float)
+    assert shown.shape == (400, 400, 3) and np.abs(shown - noise[..., :3]).mean() < 40
+    assert notebook_execute.lighter(light) == light
 
 
 def test_execution_runs_in_the_given_folder(tmp_path):
