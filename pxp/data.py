@@ -55,7 +55,7 @@ class Split(NamedTuple):
     Attributes
     ----------
     images : Tensor
-        float32, (samples, channels, height, width), values in [0, 1].
+        float32, (samples, channels, height, width), of Fashion-MNIST in [0, 1].
     labels : Tensor
         int64, (samples,).
     """
@@ -241,12 +241,15 @@ def load_photographs() -> Split:
     Split
         Images float32 (4, 3, 224, 224) in [-1, 1], as ``pxp.load_model("efficientnet-lite0")`` takes them: 0 is grey,
         −1 black. Labels are those of ImageNet's 1,000 classes that come nearest: Egyptian cat (285), espresso (967),
-        missile (657); an astronaut is none of them, and has the class that this network gives it, bobsled (450).
+        missile (657); an astronaut is none of them, and has the class that this network gives it, bobsled (450), which
+        would flatter an accuracy on the four.
 
     Raises
     ------
     ValueError
         The file is damaged.
+    FileNotFoundError
+        The file or its card is missing.
     """
     path = ASSETS / "photographs.npz"
     verify(path)

@@ -56,7 +56,7 @@ def accuracy(
 
 def accuracies(
     model: nn.Module,
-    masks: Sequence[Mask],
+    masks: Iterable[Mask],
     data: Data,
     *,
     classes: Sequence[int] | None = None,
@@ -69,7 +69,7 @@ def accuracies(
     ----------
     model : nn.Module
         Left as it is.
-    masks : sequence of Mask
+    masks : iterable of Mask
         Of components of this model.
     data, classes, batch_size
         As for :func:`accuracy`.
@@ -85,10 +85,15 @@ def accuracies(
     ------
     ValueError
         As :func:`accuracy` and :func:`pxp.masked`.
+    TypeError
+        Something that is no list of masks.
     """
+    several = [masks] if isinstance(masks, Mask) else list(masks)
+    if isinstance(masks, Mask) or not all(isinstance(mask, Mask) for mask in several):
+        raise TypeError("accuracies takes a list of pxp.Mask")
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
-        return sweep.accuracies(masks, ahead.update)
+        return sweep.accuracies(several, ahead.update)
 
 
 def pruning_curve(

@@ -186,7 +186,11 @@ def _efficientnet_lite0() -> nn.Module:
         raise ValueError(f"{path} does not have the SHA-256 of the release: damaged or replaced file")
     model = timm.create_model("tf_efficientnet_lite0")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+    names = list(model.state_dict())
+    # in the same order, if every weight stands against a weight and every mean against a mean
+    if [name.rsplit(".", 1)[1] for name in names] != [name.rsplit(".", 1)[1] for name in state]:
+        raise ValueError(f"timm {timm.__version__} lists the parts of tf_efficientnet_lite0 in another order")
+    model.load_state_dict(dict(zip(names, state.values(), strict=True)))
     return model
 
 

@@ -122,9 +122,9 @@ class Scores(ByLayer):
         """Where by these scores, which by others: each layer's scores, handed out in the order of ``other``.
 
         What is selected by them (by magnitude) prunes as many components of each layer as these scores do, and within
-        a layer those that ``other`` would prune first; equal scores of a layer go by their index, as ever. So criteria
-        can be compared for *which* components they choose where the layers lose the same, and for *where* they prune
-        when the choice within layers is the same. With a random ``other`` it is :meth:`shuffled`.
+        a layer those that ``other`` would prune first; where equal scores lie on both sides of the cut, it has no say.
+        So criteria can be compared for *which* components they choose where the layers lose the same, and for *where*
+        they prune when the choice within layers is the same. With a random ``other`` it is :meth:`shuffled`.
 
         Parameters
         ----------
@@ -149,7 +149,7 @@ class Scores(ByLayer):
             )
         values, signed = {}, {}
         for name in self:
-            place = other[name].argsort(stable=True)
+            place = other[name].argsort(stable=True).to(self[name].device)
             mine = self[name].argsort(stable=True)
             values[name], signed[name] = torch.empty_like(self[name]), torch.empty_like(self.signed[name])
             values[name][place], signed[name][place] = self[name][mine], self.signed[name][mine]

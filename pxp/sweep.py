@@ -89,7 +89,7 @@ class Sweep:
         ValueError
             As :func:`pxp.accuracy` and :func:`pxp.masked`.
         """
-        keys = [tuple((name, kept.numpy().tobytes()) for name, kept in mask.items()) for mask in masks]
+        keys = [tuple((name, kept.cpu().numpy().tobytes()) for name, kept in mask.items()) for mask in masks]
         new = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self._known}
         found: list[Tensor] = []
         for run in self._networks(list(new.values())):

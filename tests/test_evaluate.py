@@ -120,7 +120,12 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
     assert same(before, snapshot(model))
     assert curve.accuracy.tolist() == by_hand
     assert pxp.accuracies(model, [scores.select(rate) for rate in rates], (images, labels)) == by_hand
+    several = (scores.select(rate) for rate in rates)  # any iterable
+    assert pxp.accuracies(model, several, (images, labels)) == by_hand
     assert pxp.accuracies(model, [], (images, labels)) == []
+    for wrong in (scores.select(0.1), [scores]):
+        with pytest.raises(TypeError, match="accuracies takes a list of pxp.Mask"):
+            pxp.accuracies(model, wrong, (images, labels))
     assert by_hand[0] == 1.0 and len(set(by_hand)) > 2
     # not only as many hits: the same logits
     mask = scores.select(0.3)

