@@ -88,8 +88,8 @@ def accuracies(
     TypeError
         Something that is no list of masks.
     """
-    several = [masks] if isinstance(masks, Mask) else list(masks)
-    if isinstance(masks, Mask) or not all(isinstance(mask, Mask) for mask in several):
+    several = list(masks)
+    if not all(isinstance(mask, Mask) for mask in several):  # one mask alone is a mapping, and lists its layers
         raise TypeError("accuracies takes a list of pxp.Mask")
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:

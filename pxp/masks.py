@@ -48,6 +48,13 @@ class ByLayer(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def need_same_components(self, other: ByLayer, what: str) -> None:
+        """Raise a ValueError that names what differs, if ``other`` has other layers, kinds or sizes."""
+        sizes = [{name: (layer.kind, layer.size) for name, layer in one.units.items()} for one in (self, other)]
+        odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
+        if odd:
+            raise ValueError(f"{what} are of other components: {', '.join(dict.fromkeys(odd))}")
+
 
 class Mask(ByLayer):
     """Which components are kept: one bool tensor per layer, True = kept.
@@ -102,10 +109,7 @@ class Mask(ByLayer):
     def _with(self, other: Mask, combined: Callable[[Tensor, Tensor], Tensor]) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        sizes = [{name: (layer.kind, layer.size) for name, layer in mask.units.items()} for mask in (self, other)]
-        if sizes[0] != sizes[1]:
-            odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
-            raise ValueError(f"the masks are of other components: {', '.join(dict.fromkeys(odd))}")
+        self.need_same_components(other, "the masks")
         return Mask(self.units, {name: combined(kept, other[name].to(kept.device)) for name, kept in self.items()})
 
     def save(self, path: str | Path) -> None:

@@ -106,17 +106,7 @@ class Scores(ByLayer):
         """
         generator = torch.Generator().manual_seed(as_count("seed", seed, least=0))
         order = {name: torch.randperm(len(values), generator=generator) for name, values in self.items()}
-        made = Scores(
-            self.units,
-            {name: values[order[name]] for name, values in self.items()},
-            {name: values[order[name]] for name, values in self.signed.items()},
-            criterion=f"{self.criterion}, shuffled(seed={int(seed)})",
-            samples=self.samples,
-            has_sign=self.has_sign,
-            references=self.references,
-            tuned_on=self.tuned_on,
-        )
-        return made
+        return self._reordered(order, f"{self.criterion}, shuffled(seed={int(seed)})")
 
     def arranged_by(self, other: Scores) -> Scores:
         """Where by these scores, which by others: each layer's scores, handed out in the order of ``other``.
@@ -141,27 +131,25 @@ class Scores(ByLayer):
         ValueError
             Scores of other components.
         """
-        sizes = [{name: (layer.kind, layer.size) for name, layer in one.units.items()} for one in (self, other)]
-        if sizes[0] != sizes[1]:
-            odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
-            raise ValueError(
-                f"scores are arranged by scores of the same components; others are {', '.join(dict.fromkeys(odd))}"
-            )
-        values, signed = {}, {}
-        for name in self:
-            place = other[name].argsort(stable=True).to(self[name].device)
-            mine = self[name].argsort(stable=True)
-            values[name], signed[name] = torch.empty_like(self[name]), torch.empty_like(self.signed[name])
-            values[name][place], signed[name][place] = self[name][mine], self.signed[name][mine]
+        self.need_same_components(other, "these scores")
+        order = {}
+        for name, values in self.items():  # of both rankings the component of the same place
+            place, rank = values.argsort(stable=True), other[name].argsort(stable=True).argsort()
+            order[name] = place[rank.to(place.device)]
+        return self._reordered(order, f"{self.criterion}, arranged by {other.criterion}", other)
+
+    def _reordered(self, order: Mapping[str, Tensor], criterion: str, other: Scores | None = None) -> Scores:
+        """In each layer these scores for other components; ``order`` says whose, and ``other``, if any, has chosen."""
+        seen = (self,) if other is None else (self, other)
         return Scores(
             self.units,
-            values,
-            signed,
-            criterion=f"{self.criterion}, arranged by {other.criterion}",
-            samples=max(self.samples, other.samples),
-            has_sign=False,
-            references=self.references | other.references,
-            tuned_on=self.tuned_on | other.tuned_on,
+            {name: values[order[name]] for name, values in self.items()},
+            {name: values[order[name]] for name, values in self.signed.items()},
+            criterion=criterion,
+            samples=max(one.samples for one in seen),
+            has_sign=self.has_sign and other is None,
+            references=frozenset().union(*(one.references for one in seen)),
+            tuned_on=frozenset().union(*(one.tuned_on for one in seen)),
         )
 
     def select(

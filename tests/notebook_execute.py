@@ -2,7 +2,8 @@
 
 Every notebook runs in a fresh kernel, from its own folder. What differs between two runs of the same notebook without
 meaning anything (time stamps, kernel version, widget state, cell ids) is removed, so that a diff shows real changes
-only. Heavy figures are written with a palette. Cells tagged ``solution`` or ``hide-input`` are folded for Jupyter and Colab. ``--normalise`` does only this and runs nothing.
+only. Heavy figures are written with a palette. Cells tagged ``solution`` or ``hide-input`` are folded for Jupyter and
+Colab. ``--normalise`` does only this and runs nothing.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ TASKS = {
     "vit-heads": ("vit", "head"),
     "vit-neurons": ("vit", "neuron"),
 }
+# of the stored rates, those at which draws differ: the neurons' do so only at the highest
+PLACES = {task: [16, 17, 18, 19] if task == "vit-neurons" else [0, 2, 4, 8, 12] for task in TASKS}
 
 
 def test_tables_of_results_are_read_by_name():
@@ -37,14 +39,13 @@ def test_shipped_curves_are_found_again(task):
     refs = pxp.reference_samples(data.reference, per_class=10, seed=0)
     some = (data.eval.images[::20], data.eval.labels[::20])  # all classes
     for name, criterion in (("LRP-epsilon", pxp.LRP("epsilon")), ("magnitude", pxp.Magnitude())):
-        stored, places = shipped[name], [4, 8, 12, 16, 18]
+        stored, places = shipped[name], PLACES[task]
         scores = pxp.attribute(model, refs, units, criterion, progress=False)
         found = pxp.pruning_curve(model, scores, some, rates=[stored.rates[i] for i in places], progress=False)
         right = stored.right[:, places, ::20]
         differ = (found.right[0] != right).mean((1, 2))
         # one in 250 may stand so close to the line that another batch puts it beyond
-        assert differ[0] <= 0.004, (name, differ)
-        assert len(differ) == 1 or ((differ[1:] > differ[0]).all() and differ[1:].mean() > 0.008), (name, differ)
+        assert differ[0] <= 0.004 and (differ[1:] > 0.008).all(), (name, differ)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -110,8 +111,22 @@ def test_exchanged_curves_are_found_again(task):
     found = pxp.pruning_curve(
         model, where.arranged_by(which), (images[::10], labels[::10]), rates=stored.rates, progress=False
     )
-    assert (found.right[0] != stored.right[0][:, ::10]).mean() <= 0.02
+    differ = (found.right[0] != stored.right[:, :, ::10]).mean((1, 2))
+    assert differ[0] <= 0.01 and differ[1:].mean() > 0.02, differ
 
 
 def test_the_page_is_what_its_recipe_writes():
-    assert PAGE.read_text(encoding="utf8") == page()
+    written = PAGE.read_text(encoding="utf8")
+    assert written == page()
+    rows = [line.split(" | ") for line in written.splitlines() if line.startswith("| ")]
+    for name in ("LRP-zplus", "magnitude"):
+        shown = [row[1:] for row in rows if row[0] == f"| {name}"]  # area, layers, filters, rank, rank within
+        assert len(shown) == 5
+        for column, task in enumerate(TASKS):
+            area = {key: curve.accuracy.mean() for key, curve in pxp.load_curves(task).items()}
+            control = area[f"{name}, shuffled"]
+            found = pxp.load_evidence(f"oracle-{task}")["criteria"][name]["magnitude"]
+            within = np.mean([row[0] for layer, row in found.items() if layer])
+            expected = (area[name], control - area["random"], area[name] - control, found[""][0], within)
+            for row, value in zip(shown, expected, strict=True):
+                assert float(row[column].split()[0]) == pytest.approx(100 * value, abs=0.051), (name, task)

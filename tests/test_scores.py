@@ -194,7 +194,7 @@ def test_arranged_scores_say_what_they_are():
     assert both.criterion == "by hand, arranged by by hand"
     with pytest.raises(ValueError, match="no sign"):
         both.select(0.5, by="signed")
-    with pytest.raises(ValueError, match="scores of the same components; others are a"):
+    with pytest.raises(ValueError, match="these scores are of other components: a"):
         one.arranged_by(made({"a": [1.0, 2.0], "b": [4.0]}))
 
 
