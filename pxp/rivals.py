@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -233,8 +232,13 @@ class _Readers:
         calls = dict.fromkeys(self.layers, 0)
         generator = torch.Generator().manual_seed(round(10 * abs(scale)))
 
-        def pinned(name: str, given: Tensor, *_: Any, **__: Any) -> Tensor:
-            seen.append((name, forward_ad.unpack_dual(given).tangent))
+        def pinned(name: str, inputs: tuple, output: Tensor | None) -> Tensor:
+            seen.append((name, forward_ad.unpack_dual(inputs[0]).tangent))
+            if calls[name] == len(self.given[name]):
+                raise ValueError(
+                    f"{name!r} was called another number of times than before, or by its forward and not as a module; "
+                    f"so what reads {unit.kind}s of {changed!r} cannot be told"
+                )
             kept = self.given[name][calls[name]].clone()
             calls[name] += 1
             if name != changed:
@@ -247,7 +251,9 @@ class _Readers:
                 tangent = (tangent.movedim(channel, -1) * codes).movedim(-1, channel)
             return forward_ad.make_dual(kept, tangent)
 
-        with forward_ad.dual_level(), _replaced(self.layers, pinned), eager():
+        idle = {name: layer for name, layer in self.layers.items() if self.given[name] and _does_nothing_else(layer)}
+        busy = {name: layer for name, layer in self.layers.items() if name not in idle}
+        with forward_ad.dual_level(), _replaced(idle, pinned), _hooked(busy, pinned), eager():
             self.twin(self.images)
             return seen
 
@@ -290,22 +296,24 @@ def _column_norms(layer: Any) -> Tensor:
     return weight.sum((1, 3)).flatten()
 
 
-class _replaced:
-    """Calls ``instead(name, *inputs)`` in the place of each layer, whose own work is not done."""
+def _does_nothing_else(layer: Any) -> bool:
+    """Whether nobody misses a layer's own work: no subclass, no forward of its own, nobody behind it."""
+    return type(layer) in LAYERS and "forward" not in vars(layer) and not layer._forward_hooks
 
-    def __init__(self, layers: dict[str, Any], instead: Callable[..., Tensor]) -> None:
+
+class _replaced:
+    """Calls ``instead(name, inputs, None)`` in the place of each layer, whose own work is not done."""
+
+    def __init__(self, layers: dict[str, Any], instead: Callable[[str, tuple, Tensor | None], Tensor]) -> None:
         self.layers, self.instead = layers, instead
 
     def __enter__(self) -> None:
-        self.own = {name: vars(layer).get("forward") for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
-            layer.forward = partial(self.instead, name)
+            layer.forward = lambda *inputs, name=name, **options: self.instead(name, inputs, None)
 
     def __exit__(self, *_: object) -> None:
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             del layer.forward
-            if self.own[name] is not None:
-                layer.forward = self.own[name]
 
 
 class _hooked:

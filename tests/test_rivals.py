@@ -160,6 +160,46 @@ def test_variance_by_hand(batch_size):
     torch.testing.assert_close(neurons["blocks.1.mlp.fc1"], seen["neurons"].flatten(0, 1).var(0, correction=0))
 
 
+class LowRank(nn.Linear):
+    """A layer that has others inside, as adapters do."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__(features, outputs)
+        self.down, self.up = nn.Linear(features, 2, bias=False), nn.Linear(2, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+def test_weighted_activation_sees_what_a_layer_does_besides():
+    """A hook behind it, a layer inside it: the scores are those of the same network written without."""
+    plain = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(192, 5)))
+    hooked = copy.deepcopy(plain)
+    with torch.no_grad():
+        hooked[0].weight.copy_(plain[0].weight.flip(0))
+        hooked[0].bias.copy_(plain[0].bias.flip(0))
+    hooked[0].register_forward_hook(lambda module, inputs, output: output.flip(1))
+    found, expected = (scored(model, pxp.WeightedActivation()) for model in (hooked, plain))
+    torch.testing.assert_close(dict(found), dict(expected))
+
+    adapted = randomise(nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), LowRank(6, 5)))
+    units = pxp.find_components(adapted, "neuron", example=X[:1])
+    found = columns(Probe(adapted, units.trace, units, (X, LABELS)), X[:2])
+    both = adapted[3].weight.square().sum(0) + adapted[3].down.weight.square().sum(0)
+    torch.testing.assert_close(found["1"], both.detach())
+
+
+def test_weighted_activation_under_a_mask():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(192, 5)))
+    units = pxp.find_components(model, "filter", example=X)
+    kept = dict(pxp.Mask.all(units))
+    kept["0"] = torch.tensor([True, False, True, True])
+    whole = scored(model, pxp.WeightedActivation())["0"]
+    with pxp.masked(model, pxp.Mask(units, kept)):
+        masked = scored(model, pxp.WeightedActivation())["0"]
+    torch.testing.assert_close(masked, whole * kept["0"])
+
+
 def test_weighted_activation_by_hand():
     model = small()
     scores = scored(model, pxp.WeightedActivation(), batch_size=4)
