@@ -45,7 +45,7 @@ class Ablation(Criterion):
             with torch.no_grad(), evaluating(probe.model):
                 whole = probe.logits(images, labels)
                 before = F.cross_entropy(whole, labels, reduction="none")
-                given = F.cross_entropy(logits_of(probe.model(images)), labels, reduction="none")
+                given = F.cross_entropy(logits_of(probe.model(images.clone())), labels, reduction="none")
                 if not torch.allclose(given, before, rtol=1e-3, atol=1e-3):
                     raise ValueError(
                         f"{type(probe.model).__name__} ends in a softmax or a sigmoid, of which the cross-entropy is "
@@ -72,7 +72,7 @@ def ways(model: Any, units: Components, images: Tensor) -> Callable[[Tensor], It
         return lambda given: _one_by_one(model, units, given)
     for name, logits in found.items():
         with masked(model, _only(units, name, 0)):
-            if not same_outputs([logits], [logits_of(model(few))]):
+            if not same_outputs([logits], [logits_of(model(few.clone()))]):
                 return lambda given: _one_by_one(model, units, given)
     return faster
 
@@ -81,7 +81,7 @@ def _one_by_one(model: Any, units: Components, images: Tensor) -> Iterator[tuple
     for name, layer in units.items():
         for index in range(layer.size):
             with masked(model, _only(units, name, index)):
-                yield name, index, logits_of(model(images))
+                yield name, index, logits_of(model(images.clone()))
 
 
 def _only(units: Components, name: str, index: int) -> Mask:

@@ -213,7 +213,7 @@ class Budget:
 
 def _batch(model: nn.Module, example: Tensor | None) -> Tensor:
     one = example_input(model, example)
-    return one if example is None else example.to(one)
+    return one if example is None else example.to(one).clone()  # which a network may change
 
 
 def weights_left(model: nn.Module, small: nn.Module, units: Components) -> dict[str, float]:

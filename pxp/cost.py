@@ -105,7 +105,7 @@ def cost(model: nn.Module, images: Tensor, *, seconds: float = 0.5) -> Cost:
     ValueError
         Images that the model does not accept.
     """
-    images = images.to(next((p for p in model.parameters() if p.is_floating_point()), images))
+    images = images.to(next((p for p in model.parameters() if p.is_floating_point()), images)).clone()
     example_input(model, images)  # images that do not fit are an error that says so
     explicit = _explicit(model)
     flops: dict[str, int] = {}

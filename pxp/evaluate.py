@@ -84,13 +84,15 @@ def accuracies(
     Raises
     ------
     ValueError
-        As :func:`accuracy` and :func:`pxp.masked`.
+        As :func:`accuracy` and :func:`pxp.masked`; masks of another model's components.
     TypeError
         Something that is no list of masks.
     """
-    several = list(masks)
-    if not all(isinstance(mask, Mask) for mask in several):  # one mask alone is a mapping, and lists its layers
-        raise TypeError("accuracies takes a list of pxp.Mask")
+    several = list(masks) if isinstance(masks, Iterable) else [masks]
+    for mask in several:
+        if not isinstance(mask, Mask):  # one mask alone is a mapping, and lists its layers
+            raise TypeError(f"masks must be a list of pxp.Mask, got {type(masks).__name__} of {type(mask).__name__}")
+        mask.units.check(model)
     sweep = Sweep(model, data, classes=classes, batch_size=batch_size)
     with bar(show=progress, desc="prune", unit="image", unit_scale=True) as ahead:
         return sweep.accuracies(several, ahead.update)

@@ -127,7 +127,7 @@ class Probe:
         ]
         try:
             with torch.no_grad(), eager():
-                self.twin(images)
+                self.twin(images.clone())
         finally:
             for handle in handles:
                 handle.remove()
@@ -251,6 +251,7 @@ class Probe:
 
     def _run(self, images: Tensor, followed: bool) -> tuple[Tensor, Signals | None]:
         """What the network says, before a softmax at its end, and what was seen of its functions."""
+        images = images.clone()  # which a network may change
         signals = Signals(self.twin, images, self._functions) if followed else None
         try:
             with eager(), nullcontext() if signals is None else signals.watching():

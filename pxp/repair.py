@@ -150,7 +150,7 @@ def _with_statistics(model: nn.Module, mask: Mask, parts: Sequence[Tensor], prog
             norm.training = True
         try:
             for part in bar(parts, show=progress, desc="repair", unit="batch"):
-                twin(part)
+                twin(part.clone())
         except ValueError as error:  # a single value has no variance
             raise ValueError(
                 f"{sum(map(len, parts))} images are too few for BatchNorm's statistics: {error}"

@@ -186,7 +186,7 @@ class _Readers:
         self.layers: dict[str, Any] = {n: module for n, module in twin.named_modules() if isinstance(module, LAYERS)}
         self.given: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         with _hooked(self.layers, lambda name, inputs, output: self.given[name].append(output.clone())), eager():
-            twin(images)
+            twin(images.clone())
 
     def columns(self, name: str, unit: Layer) -> Tensor:
         """The squared norms of what reads each channel of a layer."""
@@ -254,7 +254,7 @@ class _Readers:
         idle = {name: layer for name, layer in self.layers.items() if self.given[name] and _does_nothing_else(layer)}
         busy = {name: layer for name, layer in self.layers.items() if name not in idle}
         with forward_ad.dual_level(), _replaced(idle, pinned), _hooked(busy, pinned), eager():
-            self.twin(self.images)
+            self.twin(self.images.clone())
             return seen
 
     def _origin(self, name: str, unit: Layer, reader: str, ones: Tensor, numbers: Tensor, codes: Tensor) -> Tensor:

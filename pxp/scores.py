@@ -130,7 +130,11 @@ class Scores(ByLayer):
         ------
         ValueError
             Scores of other components.
+        TypeError
+            Something else than scores.
         """
+        if not isinstance(other, Scores):
+            raise TypeError(f"other must be pxp.Scores, got {type(other).__name__}")
         self.need_same_components(other, "these scores")
         order = {}
         for name, values in self.items():  # of both rankings the component of the same place

@@ -167,9 +167,9 @@ class Sweep:
         It does not where something else reads the weights, or what a hook makes of the output.
         """
         with torch.no_grad(), evaluating(self.model):
-            found = list(tensors(twin(images)))
+            found = list(tensors(twin(images.clone())))
             with masked(self.model, mask):
-                expected, again = (list(tensors(self.model(images))) for _ in range(2))
+                expected, again = (list(tensors(self.model(images.clone()))) for _ in range(2))
         if not same_outputs(again, expected):
             raise ValueError(
                 f"{type(self.model).__name__} gives something else each time, so its accuracy is a matter of luck; "
@@ -369,4 +369,4 @@ def hits(model: nn.Module, data: Data, *, classes: Sequence[int] | None = None, 
 
 
 def _alone(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    return lambda images: (model(images),)
+    return lambda images: (model(images.clone()),)  # a network may change them

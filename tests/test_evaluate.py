@@ -123,9 +123,11 @@ def test_the_fast_curve_is_the_loop_with_masked(name):
     several = (scores.select(rate) for rate in rates)  # any iterable
     assert pxp.accuracies(model, several, (images, labels)) == by_hand
     assert pxp.accuracies(model, [], (images, labels)) == []
-    for wrong in (scores.select(0.1), [scores]):
-        with pytest.raises(TypeError, match="accuracies takes a list of pxp.Mask"):
+    for wrong, kind in ((scores.select(0.1), "str"), ([scores], "Scores"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"masks must be a list of pxp.Mask, got .* of {kind}$"):
             pxp.accuracies(model, wrong, (images, labels))
+    with pytest.raises(ValueError, match="components"):
+        pxp.accuracies(torch.nn.Linear(3, 3), [scores.select(0.1)], (images, labels))
     assert by_hand[0] == 1.0 and len(set(by_hand)) > 2
     # not only as many hits: the same logits
     mask = scores.select(0.3)

@@ -196,6 +196,8 @@ def test_arranged_scores_say_what_they_are():
         both.select(0.5, by="signed")
     with pytest.raises(ValueError, match="these scores are of other components: a"):
         one.arranged_by(made({"a": [1.0, 2.0], "b": [4.0]}))
+    with pytest.raises(TypeError, match="other must be pxp.Scores, got Mask"):
+        one.arranged_by(one.select(0.5))
 
 
 def test_shuffled_scores_are_others_and_say_so(tmp_path):

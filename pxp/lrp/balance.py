@@ -104,9 +104,10 @@ def _summed(
     everything = {name: module for name, module in modules.items() if name}
     with exact(model, structure).context(twin), boundaries(everything) as sums, eager():
         point = image.clone().requires_grad_()
-        constants = _Constants(twin, point, hooks)
+        given = point.clone()  # which a network may change
+        constants = _Constants(twin, given, hooks)
         with constants.watching():
-            logits = constants.logits(logits_of(twin(point)))
+            logits = constants.logits(logits_of(twin(given)))
         target = logits.gather(1, label[:, None]).sum()
         if not target.requires_grad:
             return None
@@ -257,7 +258,8 @@ class _Constants(Signals):
         except Exception as error:
             where = f"{name!r} ({type(self.modules[name]).__name__})"
             raise ValueError(
-                f"{where} cannot be explained: what it adds is what it gives for inputs of 0: {error}"
+                f"{where} cannot be explained: what it adds is what it gives for inputs of 0, and that fails: {error}. "
+                "Let it, and the hooks on it, accept zeros"
             ) from error
 
     @torch.no_grad()

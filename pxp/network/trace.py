@@ -317,9 +317,9 @@ def _dimensions_of_samples(model: nn.Module, image: Tensor, layers: Sequence[str
     generator = torch.Generator().manual_seed(0)
     two = torch.rand(2, *image.shape[1:], generator=generator).to(image)
     with torch.inference_mode(False), torch.no_grad(), eager():
-        twin(two[:1])
+        twin(two[:1].clone())
         runs = {name: len(outputs) for name, outputs in found.items()}
-        twin(two)
+        twin(two.clone())
     dimensions: dict[str, int | None] = {}
     for name, outputs in found.items():
         ways = {_grows(one, both) for one, both in zip(outputs[: runs[name]], outputs[runs[name] :], strict=False)}
@@ -347,7 +347,7 @@ def example_input(model: nn.Module, example: Tensor | None = None) -> Tensor:
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
         with eager():
-            replica(model)(images)
+            replica(model)(images.clone())
         return images
 
     return _first_that_works(model, example, run)

@@ -135,6 +135,14 @@ def test_what_hides_from_the_table_is_found_by_the_sum():
         pxp.heatmap(model, x, labels)
 
 
+def test_what_changes_its_images_is_tested_too():
+    x, labels = samples()
+    model = around(Calls(doubled_on_the_way_back))
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].sub_(0.5),))
+    with pytest.raises(ValueError, match=r"under LRP-0 relevance is not conserved in '1' \(Calls\)"):
+        pxp.heatmap(model, x, labels)
+
+
 @pytest.mark.parametrize("kind", ["layer normalisation", "activation", "gate"])
 def test_a_table_that_is_wrong_is_found(kind, monkeypatch):
     """A normalisation taken for a pooling, a bounded factor for a product: the sum tells."""
@@ -204,7 +212,9 @@ def test_what_cannot_be_tried_on_zeros_is_refused():
 
     layer.register_forward_hook(fails)
     x, labels = samples()
-    with pytest.raises(ValueError, match=r"'1' \(Linear\) cannot be explained.*inputs of 0: nothing to measure"):
+    with pytest.raises(
+        ValueError, match=r"'1' \(Linear\) cannot be explained.*inputs of 0, and that fails: nothing to measure. Let it"
+    ):
         pxp.heatmap(around(layer), x, labels)
 
 

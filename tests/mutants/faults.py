@@ -93,6 +93,13 @@ FAULTS = [
     Fault("hooks behind a layer are forgotten", "lrp/balance.py",
           "if type(module) in LAYERS and not self.hooks[name]:", "if type(module) in LAYERS:",
           "lrp/test_balance.py -k added_then"),
+    Fault("the self-test runs on what a network has changed", "lrp/balance.py",
+          "        given = point.clone()", "        given = point", "lrp/test_balance.py -k changes_its_images"),
+    Fault("a pass changes the images of the next", "probe.py",
+          "        images = images.clone()  # which a network may change\n", "",
+          "network/test_users_code.py -k stay_as"),
+    Fault("one mask's network changes the images of the next", "sweep.py",
+          "(model(images.clone()),)", "(model(images),)", "network/test_users_code.py -k stay_as"),
     # --- rules ----------------------------------------------------------------------------------------------------------
     Fault("epsilon has the wrong sign", "lrp/rules.py",
           "return ratio.div_(ratio + self.epsilon).mul_(grad)", "return ratio.div_(ratio - self.epsilon).mul_(grad)",

@@ -202,3 +202,78 @@ def test_curves_of_networks_that_need_their_channels_first(caplog):
         with pxp.masked(model, scores.select(rate)), torch.no_grad():
             assert accuracy == float((model(x).argmax(1) == labels).double().mean())
     assert not caplog.records
+
+
+class Scaled(nn.Module):
+    """Normalises its images itself, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.second = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)
+        self.head, self.in_place = nn.Linear(6, 3), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub_(0.5).div_(0.25) if self.in_place else (x - 0.5) / 0.25
+        return self.head(self.second(self.norm(self.conv(x)).relu()).relu().mean((2, 3)))
+
+
+def scores_by(criterion):
+    def scores(model, data, units):
+        found = pxp.attribute(model, data, units, criterion, batch_size=2)
+        return torch.cat(list(found.values()))
+
+    return scores
+
+
+def under_masks(model, data, units):
+    scores = pxp.attribute(model, data, units, pxp.Magnitude())
+    masks = [scores.select(0.4), scores.select(0.7)]
+    cut = pxp.accuracies(model, masks, data, batch_size=2)
+    with pxp.masked(model, masks[0]):  # hooks: it cannot be cut
+        cut += pxp.accuracies(model, masks[1:], data, batch_size=2)
+    return torch.tensor([*cut, pxp.accuracy(model, data, batch_size=2)])
+
+
+def mended(method):
+    def repaired(model, data, units):
+        mask = pxp.attribute(model, data, units, pxp.Magnitude()).select(0.4)
+        return pxp.repair(model, mask, data[0], method, batch_size=2)(torch.full((1, 1, 8, 8), 0.3))
+
+    return repaired
+
+
+def as_compacted(model, data, units):
+    mask = pxp.attribute(model, data, units, pxp.Magnitude()).select(0.4)
+    pxp.latencies(model, units, data[0])
+    return pxp.compact(model, mask, example=data[0])(torch.full((1, 1, 8, 8), 0.3))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(
+            scores_by(c)
+            for c in (pxp.LRP("epsilon"), pxp.LRP("gamma"), pxp.Taylor(), pxp.Taylor(start="loss"), pxp.Activation())
+        ),
+        *(scores_by(c) for c in (pxp.IntegratedGradients(3), pxp.Fisher(), pxp.Variance(), pxp.WeightedActivation())),
+        scores_by(pxp.Ablation()),
+        lambda model, data, units: pxp.heatmap(model, *data, pxp.LRP("epsilon")),
+        lambda model, data, units: torch.tensor(list(pxp.conservation(model, *data).arrives.values())),
+        lambda model, data, units: torch.tensor(pxp.cost(model, data[0], seconds=0.001).flops),
+        under_masks,
+        as_compacted,
+        *map(mended, ("mean", "statistics", "least_squares")),
+    ],
+)
+def test_images_stay_as_they_are(made):
+    """What a network does to its input in place is done once for each pass, and not to the user's images."""
+    data, found = (torch.rand(7, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2, 0])), []
+    kept = data[0].clone()
+    for in_place in (True, False):
+        model = Scaled(in_place).eval()
+        units = pxp.find_components(model, example=data[0])
+        found.append(made(model, data, units))
+        assert torch.equal(data[0], kept)
+    assert found[1].abs().sum() > 0
+    assert relative(found[0].detach(), found[1].detach()) < 1e-5
