@@ -3,8 +3,8 @@
 Curves at five rates on the 2,000 unseen images, of networks that 500 images of the reference split have repaired, by
 criterion, method and scope; their names are ``"criterion, method, scope"``. Ten draws, but three for least squares,
 which takes seconds for each network. Means are mended for LRP, its control and random only: that does harm. Then, at
-two rates, with 20 and 100 images: ``"criterion, method, scope, 20 images"``. Until a task is complete they are kept as ``runs/repair-TASK.json``; then as
-``pxp/assets/curves/repair-TASK.json``.
+two rates, with 20 and 100 images: ``"criterion, method, scope, 20 images"``. Until a task is complete they are kept as
+``runs/repair-TASK.json``; then as ``pxp/assets/curves/repair-TASK.json``.
 """
 
 from __future__ import annotations
