@@ -17,6 +17,7 @@ from .criteria import Activation, Criterion, IntegratedGradients, Magnitude, Ran
 from .curve import Curve, load_curves, save_curves
 from .data import load_dataset, load_evidence, load_photographs, reference_samples
 from .evaluate import accuracies, accuracy, pruning_curve
+from .exercises import exercise
 from .lrp.composites import LRP, depth_groups
 from .lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from .lrp.softmax import CPLRP, AttnLRP, SoftmaxZPlus
@@ -80,6 +81,7 @@ __all__ = [
     "cost",
     "depth_groups",
     "device",
+    "exercise",
     "find_components",
     "finetune",
     "heatmap",

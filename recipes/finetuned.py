@@ -2,7 +2,7 @@
 
 What LRP has pruned, within each layer, of three draws: as cut, repaired by least squares without labels, trained for
 some epochs on the same 500 images with their labels (:func:`pxp.finetune`), and both, one after the other. Accuracy on
-the 2,000 unseen images, with its 95 % interval over draws and images, and seconds of one thread, as measured.
+the 2,000 unseen images, with its 95 % interval over draws and images, and seconds of the processor, one thread.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ EPOCHS, DRAWS = (1, 5, 20), 3
 def ways(model: nn.Module, mask: pxp.Mask, data: Split) -> dict[str, tuple[nn.Module, float]]:
     """What was done → the network and the seconds that it took after the cut."""
     cut = pxp.compact(model, mask, example=data.images[:1])
-    start = time.perf_counter()
+    start = time.process_time()
     repaired = pxp.repair(model, mask, data.images, "least_squares", progress=False)
-    spent = time.perf_counter() - start
+    spent = time.process_time() - start
     found: dict[str, tuple[nn.Module, float]] = {"cut": (cut, 0.0), "repaired": (repaired, spent)}
     for before, (network, already) in list(found.items()):
         for epochs in EPOCHS:
-            start = time.perf_counter()
+            start = time.process_time()
             trained = pxp.finetune(network, data, epochs=epochs, progress=False)
-            found[f"{before}, trained for {epochs} epochs"] = trained, already + time.perf_counter() - start
+            found[f"{before}, trained for {epochs} epochs"] = trained, already + time.process_time() - start
     return found
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import nbformat
+import notebook_exercises
 import versions
 from nbformat import NotebookNode
 from nbval_tolerance import stated_tolerance
@@ -28,7 +29,7 @@ PARTS = ("You will learn", "Before you start", "## Pitfalls", "## Exercises", "#
 MAX_LINES = 25
 MAX_COLUMNS = 80  # the book's page shows about 85
 MAX_BYTES = 1_000_000
-MAX_OPEN = 25  # code cells whose code shows
+MAX_OPEN = 25  # code cells whose code shows, without those that a reader writes
 EXERCISES = 3
 
 # import name -> name in requirements.txt, where the two differ (or where the second always brings the first)
@@ -46,7 +47,7 @@ TOOLS = {"book", "bench"}
 
 KNOWN_TAGS = {
     "hide-cell", "hide-input", "hide-output", "remove-input", "remove-output", "remove-cell",
-    "raises-exception", "nbval-ignore-output", "nbval-skip", "solution",
+    "raises-exception", "nbval-ignore-output", "nbval-skip", "solution", "exercise",
 }  # fmt: skip
 
 # nbval also reads markers from comments, and silently ignores the ones it does not know
@@ -194,7 +195,7 @@ def check_size(notebook: NotebookNode) -> Iterator[str]:
 
 
 def check_open_cells(notebook: NotebookNode) -> Iterator[str]:
-    hidden = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+    hidden = {"hide-input", "hide-cell", "remove-input", "remove-cell", "exercise"}  # these are the reader's
     shown = sum(not tags(cell) & hidden for _, cell in code_cells(notebook))
     if shown > MAX_OPEN:
         yield f"{shown} code cells show their code, at most {MAX_OPEN}: join some, tag those that draw hide-input"
@@ -390,6 +391,7 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_page,
     check_folded,
     check_exercises,
+    notebook_exercises.problems,
 )
 
 

@@ -12,6 +12,7 @@ import tomllib
 
 import nbformat
 import notebook_execute
+import notebook_exercises
 import notebook_lint
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_the_full_profile_loads_without_a_download(chapter, photographs):
     assert units.total in (4224, 4800, 144) and scores.samples == 1
 
 
+def exercise_cells(*numbers: str) -> list[nbformat.NotebookNode]:
+    """Cells 5 to 12 of the page below."""
+    cells = []
+    for number in numbers:
+        for part, (kind, source, tags) in notebook_exercises.parts(pxp.exercise(number)).items():
+            cell = new_code_cell(source) if kind == "code" else new_markdown_cell(source)
+            cell.metadata.update(exercise={"number": number, "part": part}, **({"tags": tags} if tags else {}))
+            cells.append(cell)
+    return cells
+
+
 def good_notebook() -> nbformat.NotebookNode:
     """A complete page in miniature."""
     image = new_output("display_data", data={"image/png": PNG, "text/plain": "<Figure size 640x480 with 1 Axes>"})
@@ -116,10 +128,7 @@ def good_notebook() -> nbformat.NotebookNode:
             ),
             new_code_cell("plt.show()", metadata=copy.deepcopy(FIGURE), outputs=[image]),
             new_markdown_cell("## Pitfalls\n\nNone.\n\n## Exercises"),
-            new_markdown_cell("### Exercise 1 · Think\n\n<details><summary>Solution</summary>\n\nYes.\n\n</details>"),
-            new_markdown_cell("### Exercise 2 · Code"),
-            new_code_cell("1 + 1", metadata={"tags": ["hide-cell", "solution"]}),
-            new_markdown_cell("### Exercise 3 · Go on\n\n<details>\n<summary>Solution</summary>\n\nNo.\n\n</details>"),
+            *exercise_cells("1.1", "1.2", "1.3"),
             new_markdown_cell("## Take-away\n\nOne line.\n\n## References\n\n- none"),
         ]
     )
@@ -198,25 +207,29 @@ BROKEN = {
     "directive": (_source(4, "## Pitfalls\n\n```{note}\nx\n```\n\n## Exercises"), "shows as raw text"),
     "role": (_source(4, "## Pitfalls\n\n{cite}`x`\n\n## Exercises"), "shows as raw text"),
     "two titles": (_source(4, "# Again\n\n## Pitfalls\n\n## Exercises"), "its one title; found 2"),
-    "no take-away": (_source(9, "## References"), "no part '## Take-away'"),
-    "two exercises": (lambda n: n.cells.pop(8), "exercises found: [1, 2]"),
-    "unsolved": (_source(5, "### Exercise 1 · Think"), "exercise 1 has no folded solution"),
-    "unfolded in the book": (_tags(7, "solution"), "not folded in the book"),
-    "unfolded in Jupyter": (lambda n: n.cells[7].metadata.pop("jupyter"), "not folded in Jupyter"),
+    "no take-away": (_source(13, "## References"), "no part '## Take-away'"),
+    "two exercises": (lambda n: n.cells.pop(11), "exercises found: [1, 2]"),
+    "unsolved": (_source(7, "Think."), "exercise 1 has no folded solution"),
+    "another text": (_source(5, "### Exercise 1 · Think"), "exercise 1.1, text: not as in pxp/exercises"),
+    "another solution": (_source(10, "1 + 1"), "exercise 1.2, solution: not as in pxp/exercises"),
+    "no attempt": (lambda n: n.cells.pop(6), "exercise cells [('1.1', 'text'), ('1.1', 'solution')"),
+    "no exercises": (lambda n: [c.metadata.pop("exercise", 0) for c in n.cells], "exercises of 0 chapters"),
+    "unfolded in the book": (_tags(10, "solution"), "not folded in the book"),
+    "unfolded in Jupyter": (lambda n: n.cells[10].metadata.pop("jupyter"), "not folded in Jupyter"),
     "a verdict": (
         lambda n: n.cells[2].outputs[0].update(text="LRP beats chance: True\n"),
         "'LRP beats chance: True' is a verdict; print the value",
     ),
     "too many open cells": (
-        lambda n: n.cells.extend(new_code_cell("1", execution_count=5 + i) for i in range(25)),
+        lambda n: n.cells.extend(new_code_cell("1", execution_count=7 + i) for i in range(25)),
         "28 code cells show their code, at most 25",
     ),
     "open code of a figure": (_tags(3, "hide-input"), "tagged hide-input, and not folded in Jupyter"),
     "stray solution": (
-        _source(9, "## Take-away\n<details><summary>Solution</summary>x</details>\n## References"),
+        _source(13, "## Take-away\n<details><summary>Solution</summary>x</details>\n## References"),
         "outside",
     ),
-    "open details": (_source(5, "### Exercise 1\n<details><summary>Solution</summary>"), "not closed"),
+    "open details": (_source(7, "<details><summary>Solution</summary>"), "not closed"),
 }
 
 
