@@ -2,7 +2,7 @@
 
 Every notebook runs in a fresh kernel, from its own folder. What differs between two runs of the same notebook without
 meaning anything (time stamps, kernel version, widget state, cell ids) is removed, so that a diff shows real changes
-only. Heavy figures are written with a palette. Cells tagged ``solution`` or ``hide-input`` are folded for Jupyter and
+only. Heavy figures are written with a palette. Cells tagged ``solution``, ``report`` or ``hide-input`` are folded for Jupyter and
 Colab. ``--normalise`` does only this and runs nothing.
 """
 
@@ -23,7 +23,11 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 HEAVY = 200_000  # bytes of a figure from which it is written with a palette
 CELL_TIMEOUT = 120  # seconds, as for nbval in the Makefile
 # tag of cells whose code is folded → what the book's button says to show and to hide it
-FOLDED = {"hide-input": ("Show the code", "Hide the code"), "solution": ("Solution", "Solution")}
+FOLDED = {
+    "hide-input": ("Show the code", "Hide the code"),
+    "solution": ("Solution", "Solution"),
+    "report": ("What it gives here", "What it gives here"),
+}
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:

@@ -34,7 +34,7 @@ def parts(exercise: Exercise) -> dict[str, Part]:
         found["solution"] = ("code", exercise.written, ["hide-cell", "solution"])
         return found
     if not isinstance(exercise, Open):
-        found["attempt"] = ("code", exercise.attempt, ["hide-input"])
+        found["attempt"] = ("code", exercise.attempt, ["remove-input"])
     found["solution"] = ("markdown", exercise.folded, [])
     return found
 

@@ -47,7 +47,7 @@ TOOLS = {"book", "bench"}
 
 KNOWN_TAGS = {
     "hide-cell", "hide-input", "hide-output", "remove-input", "remove-output", "remove-cell",
-    "raises-exception", "nbval-ignore-output", "nbval-skip", "solution", "exercise",
+    "raises-exception", "nbval-ignore-output", "nbval-skip", "solution", "report", "exercise",
 }  # fmt: skip
 
 # nbval also reads markers from comments, and silently ignores the ones it does not know
@@ -359,8 +359,8 @@ def check_exercises(notebook: NotebookNode) -> Iterator[str]:
                     solved.add(current)
                     if not current:
                         yield f"cell {number}: a solution outside an exercise"
-        elif "solution" in tags(cell):
-            solved.add(current)
+        elif tags(cell) & {"solution", "report"}:
+            solved |= {current} if "solution" in tags(cell) else set()
             if not current:
                 yield f"cell {number}: a solution outside an exercise"
             if "hide-cell" not in tags(cell):

@@ -52,9 +52,9 @@ CONSTANT = Choice(
 
 
 def painted(images, order, gone, side):
-    """Images (N, C, H, W) with each one's first ``gone`` patches black.
+    """Images (N, C, H, W) with each one's first gone patches black.
 
-    ``order`` (N, patches) numbers the patches of ``side`` pixels row by row.
+    order (N, patches) numbers the patches of side pixels row by row.
     """
     columns = F.unfold(images, side, stride=side)
     columns = columns.unflatten(1, (images.shape[1], -1))

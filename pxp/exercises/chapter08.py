@@ -70,7 +70,7 @@ def ablation(model, units, images, labels):
 
 @torch.no_grad()
 def _each(model, units, images, alone, of):
-    """What ``of`` makes of the change of the logits, head by head."""
+    """What of makes of the change of the logits, head by head."""
     full, values = model(images), {}
     for name, layer in units.items():
         values[name] = torch.zeros(layer.size, dtype=torch.float64)

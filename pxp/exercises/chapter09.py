@@ -44,7 +44,7 @@ ACTIVATION = Choice(
 
 
 def left(scores, rate, number):
-    """Layer → components kept at a rate, at least ``number`` of each."""
+    """Layer → components kept at a rate, at least number of each."""
     mask = scores.select(rate, min_keep=number)
     return {layer: int(kept.sum()) for layer, kept in mask.items()}
 

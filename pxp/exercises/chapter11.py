@@ -40,9 +40,9 @@ IDLE = Number(
 
 
 def trials(good, total, sure, repeats):
-    """Random trials until one of the ``good`` among ``total`` is found.
+    """Random trials until one of the good among total is found.
 
-    With the probability ``sure``; ``repeats``: a setting may come again.
+    With the probability sure; repeats: a setting may come again.
     """
     missed, number = 1.0, 0
     while 1 - missed < sure:

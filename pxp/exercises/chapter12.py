@@ -38,7 +38,7 @@ CURSE = Number(
 
 
 def place(full, short):
-    """The place of the best by ``full`` in the list by ``short``, from 1."""
+    """The place of the best by full in the list by short, from 1."""
     return int((short > short[full.argmax()]).sum()) + 1
 
 

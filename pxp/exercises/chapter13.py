@@ -35,7 +35,7 @@ QUADRATIC = Number(
 def heaviest(work):
     """The layers that do most, and the share of each in the whole work.
 
-    ``work`` is layer → operations; where several tie, all of them.
+    work is layer → operations; where several tie, all of them.
     """
     most = max(work.values())
     names = [name for name, value in work.items() if value == most]

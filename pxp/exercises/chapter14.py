@@ -37,7 +37,7 @@ TWO_INPUTS = Number(
 def refit(x, targets, kept):
     """Weights (out, in) whose outputs are closest to the targets (N, out).
 
-    Of inputs ``x`` (N, in) only those that are ``kept``, bool (in,), count;
+    Of inputs x (N, in) only those that are kept, bool (in,), count;
     the others get 0. There is no bias, and nothing draws the weights.
     """
     weight = torch.zeros(targets.shape[1], x.shape[1], dtype=x.dtype)

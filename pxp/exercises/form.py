@@ -54,11 +54,11 @@ def choice(number: str, options: Sequence[str], said: Mapping[int, str]) -> str:
 def number(number: str, step: float, said: Mapping[int, str]) -> str:
     """HTML of a question for a number; ``said`` on each step."""
     field = (
-        '<label style="display:block;padding:.3em 0">Your number '
+        '<label style="display:block;padding:.3em 0">A number: '
         '<input type="text" inputmode="decimal" size="10" '
         f'name="{_name(number)}"></label>'
     )
-    return _form(number, field, repr(step), said, legend="A number.")
+    return _form(number, field, repr(step), said, legend="Your answer.")
 
 
 def _name(number: str) -> str:
