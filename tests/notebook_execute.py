@@ -2,7 +2,7 @@
 
 Every notebook runs in a fresh kernel, from its own folder. What differs between two runs of the same notebook without
 meaning anything (time stamps, kernel version, widget state, cell ids) is removed, so that a diff shows real changes
-only. Heavy figures are written with a palette. Cells tagged ``solution``, ``report`` or ``hide-input`` are folded for Jupyter and
+only. Heavy figures are written with a palette, and what cells tagged ``live`` show is not kept. Cells tagged ``solution``, ``report`` or ``hide-input`` are folded for Jupyter and
 Colab. ``--normalise`` does only this and runs nothing.
 """
 
@@ -38,7 +38,7 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        store_widget_state=False,
+        store_widget_state=True,  # what is shown by an interact is kept there until it is thrown away
     )
     return client.execute()
 
@@ -64,7 +64,7 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
                 fold(cell, *prompt)
         count += 1
         cell.execution_count = count
-        cell.outputs = merge_streams(cell.outputs)
+        cell.outputs = [] if "live" in cell.metadata.get("tags", []) else merge_streams(cell.outputs)
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count

@@ -47,7 +47,7 @@ TOOLS = {"book", "bench"}
 
 KNOWN_TAGS = {
     "hide-cell", "hide-input", "hide-output", "remove-input", "remove-output", "remove-cell",
-    "raises-exception", "nbval-ignore-output", "nbval-skip", "solution", "report", "exercise",
+    "raises-exception", "nbval-ignore-output", "nbval-skip", "solution", "report", "exercise", "live",
 }  # fmt: skip
 
 # nbval also reads markers from comments, and silently ignores the ones it does not know
@@ -341,6 +341,18 @@ def check_folded(notebook: NotebookNode) -> Iterator[str]:
             yield f"cell {number}: tagged {min(folded)}, and not folded in Jupyter; run tests/notebook_execute.py"
 
 
+def check_live(notebook: NotebookNode) -> Iterator[str]:
+    """What needs a kernel is on no page, and what it shows is stored nowhere."""
+    for number, cell in code_cells(notebook):
+        if "live" in tags(cell):
+            if not tags(cell) >= {"remove-cell", "nbval-ignore-output"}:
+                yield f"cell {number}: live, so tag it remove-cell and nbval-ignore-output"
+            if cell.outputs:
+                yield f"cell {number}: live, and with outputs; run tests/notebook_execute.py"
+        elif "interact" in cell.source:
+            yield f"cell {number}: widgets belong into a cell with the tag live"
+
+
 def check_exercises(notebook: NotebookNode) -> Iterator[str]:
     found: list[int] = []
     solved: set[int] = set()
@@ -390,6 +402,7 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_markdown,
     check_page,
     check_folded,
+    check_live,
     check_exercises,
     notebook_exercises.problems,
 )

@@ -216,6 +216,9 @@ BROKEN = {
     "no exercises": (lambda n: [c.metadata.pop("exercise", 0) for c in n.cells], "exercises of 0 chapters"),
     "unfolded in the book": (_tags(10, "solution"), "not folded in the book"),
     "unfolded in Jupyter": (lambda n: n.cells[10].metadata.pop("jupyter"), "not folded in Jupyter"),
+    "live on the page": (_tags(2, "live"), "live, so tag it remove-cell"),
+    "live with outputs": (_tags(2, "live", "remove-cell", "nbval-ignore-output"), "live, and with outputs"),
+    "widgets on the page": (_source(2, "interact(len, x=3)"), "a cell with the tag live"),
     "a verdict": (
         lambda n: n.cells[2].outputs[0].update(text="LRP beats chance: True\n"),
         "'LRP beats chance: True' is a verdict; print the value",
