@@ -1,8 +1,8 @@
 """What repair without labels is worth: ``python recipes/repairs.py TASK...`` measures it and goes on where it was.
 
 Curves at five rates on the 2,000 unseen images, of networks that 500 images of the reference split have repaired, by
-criterion, method and scope; their names are ``"criterion, method, scope"``. Ten draws, but three for least squares,
-which takes seconds for each network. Means are mended for LRP, its control and random only: that does harm. Then, at
+criterion, method and scope; their names are ``"criterion, method, scope"``. Ten draws, but three for least squares
+of the criteria beside LRP, its control and random, since it takes seconds for each network. Means are mended for LRP, its control and random only: that does harm. Then, at
 two rates, with 20 and 100 images: ``"criterion, method, scope, 20 images"``. Until a task is complete they are kept as
 ``runs/repair-TASK.json``; then as ``pxp/assets/curves/repair-TASK.json``.
 """
@@ -19,7 +19,8 @@ import pxp
 from pxp.data import ASSETS
 
 RATES, FEW_RATES = (0.2, 0.4, 0.6, 0.8, 0.9), (0.4, 0.8)
-LEAST_SQUARES_DRAWS = 3
+LEADING = ("LRP", "LRP, shuffled", "random")
+OTHERS_DRAWS = 3  # of least squares
 # the rule that is best on the network
 BEST = {"vgg": "epsilon", "resnet": "zplus", "vit-heads": "epsilon", "vit-neurons": "epsilon"}
 RIVALS = {
@@ -38,11 +39,11 @@ def wanted(task: str) -> Iterator[tuple[str, str | None, str, int]]:
         methods.append("statistics")
     for method in methods:
         for scope in ("global", "layer"):
-            for name in ("LRP", "LRP, shuffled", *RIVALS):
+            for name in (*LEADING, *(rival for rival in RIVALS if rival not in LEADING)):
                 yield name, method, scope, 500
     for number, method in itertools.product((500, 20, 100), (*methods[1:], "mean")):
         if number != 500 or method == "mean":
-            for name, scope in itertools.product(("LRP", "LRP, shuffled", "random"), ("global", "layer")):
+            for name, scope in itertools.product(LEADING, ("global", "layer")):
                 yield name, method, scope, number
 
 
@@ -60,9 +61,9 @@ def measure(task: str) -> None:
     curves = pxp.load_curves(path) if path.exists() else {}
     for name, method, scope, number in wanted(task):
         key = f"{name}, {method or 'none'}, {scope}" + (f", {number} images" if number != 500 else "")
-        if key not in curves:
+        few = OTHERS_DRAWS if method == "least_squares" and name not in LEADING else len(SEEDS)
+        if key not in curves or len(curves[key].draws) < min(few, len(scores[name])):
             images = pxp.reference_samples(data.reference, per_class=number // 10, seed=100)[0]
-            few = LEAST_SQUARES_DRAWS if method == "least_squares" and number == 500 else len(SEEDS)
             curves[key] = pxp.pruning_curve(
                 model, scores[name][:few], data.eval, rates=RATES if number == 500 else FEW_RATES, scope=scope,
                 repair=None if method is None else (method, images), progress=False,
