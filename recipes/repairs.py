@@ -1,10 +1,10 @@
 """What repair without labels is worth: ``python recipes/repairs.py TASK...`` measures it and goes on where it was.
 
 Curves at five rates on the 2,000 unseen images, of networks that 500 images of the reference split have repaired, by
-criterion, method and scope; their names are ``"criterion, method, scope"``. Ten draws, but three for least squares
-of the criteria beside LRP, its control and random, since it takes seconds for each network. Means are mended for LRP, its control and random only: that does harm. Then, at
-two rates, with 20 and 100 images: ``"criterion, method, scope, 20 images"``. Until a task is complete they are kept as
-``runs/repair-TASK.json``; then as ``pxp/assets/curves/repair-TASK.json``.
+criterion, method and scope; their names are ``"criterion, method, scope"``. Ten draws of LRP, its control and random;
+three of the other criteria where least squares mends them, which takes seconds for each network. Means are mended for
+the former only. Then, at two rates, with 20 and 100 images: ``"criterion, method, scope, 20 images"``. Until a task is
+complete they are kept as ``runs/repair-TASK.json``; then as ``pxp/assets/curves/repair-TASK.json``.
 """
 
 from __future__ import annotations
