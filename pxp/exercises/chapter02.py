@@ -45,9 +45,9 @@ TEN_TIMES = Choice(
     Under LRP-0 the relevances stay the same too: contributions $h_j w_j$ to
     the output do not change, and in the first layer the factor cancels in
     $c_{ij} / z_j$. Under LRP-ε that holds only as ε → 0: the hidden $z_j$ grow
-    tenfold, so a fixed ε absorbs less of them (the next cell). The weight norm
-    grows tenfold although the network computes the same function, so a global
-    ranking by weight magnitude compares layers on arbitrary scales.
+    tenfold, so a fixed ε absorbs less of them, as the chapter measures. The
+    weight norm grows tenfold although the network computes the same function,
+    so a global ranking by weight magnitude compares layers on arbitrary scales.
     """,
 )
 
@@ -91,8 +91,8 @@ def _cases():
     layer = nn.Linear(6, 3, bias=False).double()
     a = torch.randn(20, 6, dtype=torch.float64)
     with torch.no_grad():
-        top = layer(a) * torch.eye(3, dtype=torch.float64)[0]
-    return [(a, layer.weight.detach(), top)]
+        relevance = layer(a) * torch.rand(20, 3, dtype=torch.float64)
+    return [(a, layer.weight.detach(), relevance)]
 
 
 ANY_SIGN = Code(
@@ -142,7 +142,7 @@ COMPOSITE = Open(
     hints=("`similarity` of this chapter measures the second question.",),
     words="""
     There is no single answer. A usual one is ε in the fully connected layers
-    and the high group, γ in the middle, z⁺ below. The next cell measures with
+    and the high group, γ in the middle, z⁺ below. The chapter measures with
     `similarity` whether a composite notices the target. The usual one does.
     Where z⁺ stands matters: below, in the convolutions, it leaves a part of
     the difference; in the fully connected layers alone it is enough to lose

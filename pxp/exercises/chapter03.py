@@ -20,8 +20,9 @@ NOTHING_LOST = Number(
     with 30 neurons as it is with 200, the logit being the same? And why is a
     removal of the neurons that are *silent at one sample* different?
     """,
-    answer=2.58,
-    step=0.05,
+    answer=2.6,
+    step=0.1,
+    why="It is the root of 200/30.",
     mistakes={
         6.67: "That is the ratio of the variances.",
         0.39: "That is the other way round: 200 against 30.",
@@ -34,13 +35,13 @@ NOTHING_LOST = Number(
     ),
     words="""
     The expected logit is $(1 - p)$ times the old one, for every class, so the
-    order of the classes is kept on average. The deviation is the root of $p(1
-    - p) \\sum_i c_i^2$ over the contributions $c_i$. With $n$ contributions of
-    size $1/n$ it falls like $1/\\sqrt{n}$: with 30 neurons it is about two and
-    a half times what it is with 200. The neurons silent at one sample are not
-    an independent choice: they are the ones that fire *elsewhere*. Their
-    removal changes nothing at the sample and shifts everything on the other
-    side of the plane in the same direction.
+    order of the classes is kept on average. The deviation is the root of
+    $p(1 - p) \\sum_i c_i^2$ over the contributions $c_i$. With $n$
+    contributions of size $1/n$ it falls like $1/\\sqrt{n}$: with 30 neurons it
+    is about two and a half times what it is with 200. The neurons silent at
+    one sample are not an independent choice: they are the ones that fire
+    *elsewhere*. Their removal changes nothing at the sample and shifts
+    everything on the other side of the plane in the same direction.
     """,
 )
 
@@ -145,8 +146,8 @@ NARROW = Open(
         "The interval of the difference is as wide as ten networks make it.",
     ),
     words="""
-    The next cell takes width 100 and calls a lead what ten networks show with
-    an adjusted p below 0.05, against dice and against the shuffled control.
+    The chapter takes width 100 and calls a lead what ten networks show with an
+    adjusted p below 0.05, against dice and against the shuffled control.
     """,
 )
 

@@ -82,7 +82,9 @@ def _cases():
     model = small.network()
     units = pxp.find_components(model, "filter", example=small.images(1))
     images, labels = small.labelled(model)
-    return [(model, images[:5], labels[:5], units, pxp.LRP("epsilon"))]
+    five = images[:5], labels[:5]
+    criteria = (pxp.LRP("epsilon"), pxp.Taylor())
+    return [(model, *five, units, criterion) for criterion in criteria]
 
 
 MAGNITUDE = Code(

@@ -23,8 +23,8 @@ NO_SIGN = Choice(
             "something negative?"
         ),
         "Its shares are never negative; a negative logit turns them.": (
-            "Such a sample, which the network gets wrong, counts with "
-            "opposite signs in the two means."
+            "Such a sample, mostly one that the network gets wrong, counts "
+            "with opposite signs in the two means."
         ),
         "It explains every class alike, so the signs cancel.": (
             "That z⁺ hardly notices the class is true, and says nothing "
@@ -45,7 +45,7 @@ NO_SIGN = Choice(
     are non-negative. A sample that starts with a positive logit gives
     non-negative relevance everywhere, and the mean of absolute values is the
     mean. *Nearly*, because the start is the logit of the true class, which can
-    be negative for a sample that the network gets wrong. Such a sample
+    be negative, mostly for a sample that the network gets wrong. Such a sample
     contributes with opposite signs to the two means.
     """,
 )

@@ -76,6 +76,11 @@ def _column_by_column(images, order, gone, side):
     return painted(images.mT, order, gone, side).mT
 
 
+def _first_channel(images, order, gone, side):
+    rest = painted(images[:, :1], order, gone, side)
+    return torch.cat([rest, images[:, 1:]], 1)
+
+
 def _ranks(images, order, gone, side):
     return painted(images, order.argsort(1), gone, side)
 
@@ -87,9 +92,10 @@ def _grey(images, order, gone, side):
 
 def _cases():
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 1, 12, 12, generator=generator)
-    order = torch.rand(3, 9, generator=generator).argsort(1)
-    return [(images, order, 4, 4), (images, order, 0, 4)]
+    images = torch.rand(3, 2, 8, 12, generator=generator)
+    order = torch.rand(3, 6, generator=generator).argsort(1)
+    finer = torch.rand(3, 24, generator=generator).argsort(1)
+    return [(images, order, 2, 4), (images, order, 0, 4), (images, finer, 9, 2)]
 
 
 PAINT = Code(
@@ -114,6 +120,7 @@ PAINT = Code(
         "Patches are numbered row by row, yours column by column.": (
             _column_by_column
         ),
+        "Only one channel is black.": _first_channel,
         "You read the order as ranks: its first number is the patch that "
         "goes first.": _ranks,
         "These are grey: black is 0 here.": _grey,

@@ -118,17 +118,38 @@ def _only_this(model, units, images, labels):
     return _each(model, units, images, True, of)
 
 
+@torch.no_grad()
+def _never_restored(model, units, images, labels):
+    full = model(images).gather(1, labels[:, None])
+    values, kept = {}, dict(pxp.Mask.all(units))
+    for name, layer in units.items():
+        values[name] = torch.zeros(layer.size, dtype=torch.float64)
+        for head in range(layer.size):
+            kept[name][head] = False
+            with pxp.masked(model, pxp.Mask(units, kept)):
+                now = model(images).gather(1, labels[:, None])
+            values[name][head] = (now - full).abs().mean()
+    return values
+
+
+def _summed(*case):
+    number = len(case[2])
+    return {name: number * v for name, v in ablation(*case).items()}
+
+
 class _Attends(nn.Module):
-    """One block: attention with four heads, and a classifier."""
+    """Two blocks of attention with four heads, and a classifier."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.first = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.second = nn.MultiheadAttention(16, 4, batch_first=True)
         self.classifier = nn.Linear(16, 5)
 
     def forward(self, x):
-        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.first(x, x, x, need_weights=False)[0]
+        x = x + self.second(x, x, x, need_weights=False)[0]
         return self.classifier(x.mean(1))
 
 
@@ -161,6 +182,10 @@ ASK = Code(
     mistakes={
         "You took the mean over the images first: changes of opposite sign "
         "cancel.": _cancelling,
+        "No head came back: the next one was removed as well.": (
+            _never_restored
+        ),
+        "That is the sum over the images, not their mean.": _summed,
         "That has a sign: by how much the logit falls. The absolute change is "
         "asked for.": _falling,
         "That is the predicted class's logit; some images are of another "

@@ -16,14 +16,14 @@ IDLE = Number(
     """,
     answer=16,
     step=0.5,
+    why="They are the filters that the second convolution reads.",
     mistakes={
         32: "These are all filters of the low group. Does a layer's rule "
         "decide its own filters' scores?",
         0: "One of the two rules does decide something.",
         416: "Relevance is handed down, so nothing above the low group sees "
         "its rule.",
-        48: "Whose scores depend on the second convolution's rule? Those of "
-        "the filters it reads.",
+        48: "Whose scores depend on the second convolution's rule?",
     },
     hints=(
         "A rule divides a layer's relevance among its *inputs*.",
@@ -89,8 +89,8 @@ BUDGET = Code(
     cases=lambda: [
         (10, 512, 0.95, False),
         (10, 512, 0.95, True),
-        (1, 20, 0.5, False),
-        (1, 20, 0.5, True),
+        (1, 20, 0.52, False),
+        (1, 20, 0.52, True),
     ],
     mistakes={
         "A search that never tries a setting twice has fewer left each time.": (
@@ -128,7 +128,7 @@ LEAVE = Open(
     """,
     hints=('`pxp.load_study("resnet-extended")` is such a search.',),
     words="""
-    The next cell reports the shipped search: what it gains over z⁺ everywhere,
+    The chapter reports the shipped search: what it gains over z⁺ everywhere,
     and the layer of which it keeps the least at 40 %.
     """,
 )

@@ -14,9 +14,14 @@ CURSE = Number(
     value a standard error of 0.02. You try 64 independent ones. Roughly how
     much too high is the winner's tuning value? Does it help to try 256?
     """,
-    answer=0.048,
+    answer=0.047,
     step=0.002,
+    why="The largest of 64 normal draws lies 2.3 or 2.4 deviations up.",
     mistakes={
+        0.058: "That is √(2 ln 64) errors, a bound that is a fifth too high.",
+        4.7: "Give it as a share, as the standard error is.",
+        4.8: "Give it as a share, as the standard error is.",
+        5.0: "Give it as a share, as the standard error is.",
         0.02: "That is the error of one; the winner is the largest of 64.",
         0.16: "That multiplies by the root of 64: the largest of 64 lies not "
         "that far out.",
@@ -58,6 +63,10 @@ def _index(full, short):
     return int(full.argmax())
 
 
+def _argsort(full, short):
+    return int(np.argsort(-short)[full.argmax()]) + 1
+
+
 def _cases():
     rng = np.random.default_rng(0)
     full = rng.normal(size=40)
@@ -86,6 +95,8 @@ FEWER = Code(
         "That is counted from the worst: the best has the highest value.": (
             _worst
         ),
+        "`argsort` says which trial is at each place, not at which place a "
+        "trial is.": _argsort,
         "That is where the winner stands among the trials, not its rank.": (
             _index
         ),

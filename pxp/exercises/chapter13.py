@@ -14,10 +14,10 @@ QUADRATIC = Number(
     """,
     answer=25,
     step=1,
+    why="Half of the inputs times half of the outputs.",
     unit="%",
     mistakes={
-        50: "That is right for the first layer, whose inputs stay. The others "
-        "lose half of their inputs, too.",
+        50: "That is right for the first layer, whose inputs stay.",
         75: "That is what is gone; what is left is asked for.",
         12.5: "Inputs and outputs are halved; the size of the kernel stays.",
         0.25: "In per cent, please.",
@@ -33,18 +33,21 @@ QUADRATIC = Number(
 
 
 def heaviest(work):
-    """The layers that do most, and the share of each in the whole work.
+    """A set of the layers that do most, and the share of one in all work.
 
-    work is layer → operations; where several tie, all of them.
+    work is layer → operations; of several that tie the set has all.
     """
     most = max(work.values())
-    names = [name for name, value in work.items() if value == most]
+    names = {name for name, value in work.items() if value == most}
     return names, most / sum(work.values())
 
 
 def _first(work):
-    names, share = heaviest(work)
-    return names[:1], share
+    return {max(work, key=work.get)}, heaviest(work)[1]
+
+
+def _one_name(work):
+    return max(work, key=work.get), heaviest(work)[1]
 
 
 def _together(work):
@@ -76,9 +79,11 @@ HEAVIEST = Code(
     cases=lambda: [
         ({"a": 10, "b": 40, "c": 40, "d": 30},),
         ({"a": 10, "b": 30, "c": 20},),
+        ({"c": 7, "a": 7, "b": 7},),
     ],
     mistakes={
         "Several layers tie, and `max` alone gives the first.": _first,
+        "A set is asked for, since layers may tie.": _one_name,
         "That is the share of all of them together.": _together,
         "That is relative to the *other* layers' work, not to all.": (
             _of_the_rest

@@ -16,6 +16,7 @@ TWO_INPUTS = Number(
     """,
     answer=1.5,
     step=0.02,
+    why="Nothing is lost: what goes was half of what stays.",
     mistakes={
         1.0: "That is the old weight: what the second input gave is missing.",
         2.0: "These are both weights added; the second input is smaller.",
@@ -64,10 +65,9 @@ def _transposed(x, targets, kept):
 
 def _cases():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(
-        60, 5, generator=generator, dtype=torch.float64
-    ) @ torch.randn(5, 5, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    x = torch.randn(60, 5, generator=generator)
+    x = x @ torch.randn(5, 5, generator=generator)
+    weight = torch.randn(3, 5, generator=generator)
     return [(x, x @ weight.T, torch.tensor([True, False, True, True, False]))]
 
 
@@ -111,9 +111,9 @@ AGAIN = Open(
     """,
     hints=("`pxp.compare_all(curves, against=…)` adjusts for their number.",),
     words="""
-    The next cell compares over all five rates, adjusted for six comparisons.
-    What it cannot tell apart it does not call equal: three draws make wide
-    intervals.
+    The chapter compares over all five rates, adjusted for six comparisons.
+    What it cannot tell apart it does not call equal: the criteria beside
+    LRP, its control and dice have three draws, which make wide intervals.
     """,
 )
 

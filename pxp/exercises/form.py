@@ -14,6 +14,22 @@ import re
 from collections.abc import Mapping, Sequence
 from string import Template
 
+NUMBER = r"^\s*([-+]?)(\d+(?:[.,]\d*)?|[.,]\d+)(e[-+]?\d+)?\s*(%?)\s*$"
+NO_NUMBER = "Incorrect. Answer with a number."
+
+
+def read(text: str, unit: str) -> float | None:
+    """A number as a reader writes it; None if it is none.
+
+    A comma is a point; "4.8 %" is 0.048, and 4.8 where per cent are asked for.
+    """
+    found = re.match(NUMBER, text.replace("−", "-"), re.IGNORECASE | re.ASCII)
+    if found is None:
+        return None
+    sign, digits, power, percent = found.groups()
+    value = float(sign + digits.replace(",", ".") + (power or ""))
+    return value / 100 if percent and unit != "%" else value
+
 
 def hashed(number: str, answer: object) -> str:
     """Of an exercise and an answer; the page computes the same."""
@@ -33,36 +49,35 @@ def place(value: float, step: float) -> int:
     return math.floor(value / step + 0.5)
 
 
-def near(value: float, step: float) -> range:
-    """That step and its neighbours."""
-    middle = place(value, step)
-    return range(middle - 1, middle + 2)
+def digits(value: float, number: int) -> str:
+    """So many of its digits, as JavaScript's ``toExponential`` writes them."""
+    mantissa, power = f"{value:.{number - 1}e}".split("e")
+    return f"{mantissa}e{int(power):+d}"
 
 
-def choice(number: str, options: Sequence[str], said: Mapping[int, str]) -> str:
+def choice(
+    number: str, title: str, options: Sequence[str], said: Mapping[str, str]
+) -> str:
     """HTML of a question with several answers; ``said`` of each, from 1."""
-    name = _name(number)
     fields = "".join(
         f'<label style="display:block;padding:.3em 0">'
-        f'<input type="radio" name="{name}" value="{i}"> {_inline(option)}'
+        f'<input type="radio" name="answer" value="{i}"> {_inline(option)}'
         "</label>"
         for i, option in enumerate(options, start=1)
     )
-    return _form(number, fields, "", said, legend="One of these holds.")
+    return _form(number, f"{title}: which of these holds?", fields, 0, "", said)
 
 
-def number(number: str, step: float, said: Mapping[int, str]) -> str:
+def number(
+    number: str, title: str, step: float, unit: str, said: Mapping[str, str]
+) -> str:
     """HTML of a question for a number; ``said`` on each step."""
     field = (
         '<label style="display:block;padding:.3em 0">A number: '
-        '<input type="text" inputmode="decimal" size="10" '
-        f'name="{_name(number)}"></label>'
+        '<input type="text" inputmode="decimal" size="10" name="answer">'
+        f" {unit}</label>"
     )
-    return _form(number, field, repr(step), said, legend="Your answer.")
-
-
-def _name(number: str) -> str:
-    return "pxp-exercise-" + number.replace(".", "-")
+    return _form(number, f"{title}: your answer", field, step, unit, said)
 
 
 def _inline(text: str) -> str:
@@ -72,24 +87,32 @@ def _inline(text: str) -> str:
 
 
 def _form(
-    number: str, fields: str, step: str, said: Mapping[int, str], legend: str
+    number: str,
+    legend: str,
+    fields: str,
+    step: float,
+    unit: str,
+    said: Mapping[str, str],
 ) -> str:
     known = {
         hashed(number, answer): base64.b64encode(words.encode()).decode()
         for answer, words in said.items()
     }
     return PAGE.substitute(
-        name=_name(number),
         number=number,
-        legend=legend,
+        legend=html.escape(legend),
         fields=fields,
-        step=step or "0",
+        step=repr(step),
+        unit=unit,
+        pattern=NUMBER,
         known=json.dumps(known, separators=(",", ":")),
     )
 
 
+# several copies of a form may be on one page, and scripts may not run at all
 PAGE = Template("""\
-<form id="$name"><fieldset style="border:1px solid currentColor;\
+<form data-pxp-exercise="$number" onsubmit="return false">\
+<fieldset style="border:1px solid currentColor;\
 border-radius:4px;padding:.5em 1em;margin:0">
 <legend style="font-size:1em;width:auto;padding:0 .4em">$legend</legend>
 $fields
@@ -98,21 +121,37 @@ $fields
 </fieldset></form>
 <script>
 (() => {
-  const form = document.getElementById("$name"), known = $known;
-  const step = $step;
-  form.onsubmit = (event) => {
-    event.preventDefault();
-    const given = new FormData(form).get("$name") || "";
-    const value = parseFloat(String(given).replace(",", "."));
-    const answer = step ? Math.floor(value / step + 0.5) : value;
+  const known = $known, step = $step;
+  const say = (answer) => {
     let hash = 2166136261;
     for (const byte of new TextEncoder().encode("$number:" + answer))
       hash = Math.imul(hash ^ byte, 16777619) >>> 0;
     const found = known[hash.toString(16)];
-    const bytes = Uint8Array.from(atob(found || ""), (c) => c.charCodeAt(0));
-    form.querySelector("output").textContent = isNaN(value)
-      ? "Not attempted. Write your answer first."
-      : found ? new TextDecoder().decode(bytes) : "Incorrect. That is not it.";
+    if (!found) return "";
+    const bytes = Uint8Array.from(atob(found), (c) => c.charCodeAt(0));
+    return new TextDecoder().decode(bytes);
   };
+  const verdict = (given) => {
+    if (!given.trim()) return "Not attempted. Write your answer first.";
+    if (!step) return say(given);
+    const text = given.replace("−", "-");
+    const parts = text.match(new RegExp(String.raw`$pattern`, "i"));
+    if (!parts) return "Incorrect. Answer with a number.";
+    let value = Number(
+      parts[1] + parts[2].replace(",", ".") + (parts[3] || ""));
+    if (parts[4] && "$unit" !== "%") value /= 100;
+    return say(Math.floor(value / step + 0.5)) ||
+      say(value.toExponential(2)) || say(value.toExponential(1)) ||
+      "Incorrect. That is not it.";
+  };
+  document.querySelectorAll('[data-pxp-exercise="$number"]').forEach((form) => {
+    const output = form.querySelector("output");
+    form.onsubmit = (event) => {
+      event.preventDefault();
+      const given = new FormData(form).get("answer") || "";
+      output.textContent = verdict(String(given));
+    };
+    form.oninput = () => { output.textContent = ""; };
+  });
 })();
 </script>""")

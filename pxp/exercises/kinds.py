@@ -9,11 +9,16 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import math
+import random
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import form
@@ -50,15 +55,19 @@ class Verdict:
 
 
 NOT_YET = Verdict("not attempted", "Write your answer first.")
+RIGHT = Verdict("correct")
+
+LONGEST = 300  # characters of an exception's text
 
 
 def paragraphs(text: str) -> str:
     """Text as it is on a page: one line for each paragraph."""
     parts = textwrap.dedent(text).strip().split("\n\n")
-    return "\n\n".join(
-        part if "\n- " in f"\n{part}" else " ".join(part.split("\n"))
-        for part in parts
-    )
+    return "\n\n".join(" ".join(part.split("\n")) for part in parts)
+
+
+def incorrect(message: str) -> Verdict:
+    return Verdict("incorrect", message)
 
 
 @dataclass(kw_only=True)
@@ -87,7 +96,7 @@ class Exercise:
     text: str
     words: str = ""
     hints: tuple[str, ...] = ()
-    _told: int = field(default=0, repr=False)
+    _told: int = field(default=0, init=False)
 
     kind = "open"
 
@@ -167,21 +176,20 @@ class Choice(Exercise):
 
     def _check(self, answer: Any) -> Verdict:
         number = len(self.options)
-        if isinstance(answer, bool) or answer not in range(1, number + 1):
-            return Verdict(
-                "incorrect", f"Answer with 1 to {number}, not {answer!r}."
-            )
-        message = list(self.options.values())[answer - 1]
-        return Verdict(
-            "correct" if answer == self.right else "incorrect", message
-        )
+        try:
+            place = 0 if isinstance(answer, bool) else int(answer)
+            known = 1 <= place <= number and bool(place == answer)
+        except Exception:  # anything may be given
+            known = False
+        if not known:
+            return incorrect(f"Answer with 1 to {number}, not {shown(answer)}.")
+        message = list(self.options.values())[place - 1]
+        right = place == self.right
+        return Verdict("correct" if right else "incorrect", message)
 
     def _repr_html_(self) -> str:
-        return form.choice(
-            self.number,
-            list(self.options),
-            {place: repr(self.check(place)) for place in self._places},
-        )
+        said = {str(place): repr(self.check(place)) for place in self._places}
+        return form.choice(self.number, self.title, list(self.options), said)
 
     @property
     def _places(self) -> range:
@@ -201,13 +209,17 @@ class Number(Exercise):
     ----------
     answer, step : float
         Right is what is at most one and a half steps away.
+    why : str
+        What is said of the right answer.
     unit : str
+        "%" if per cent are asked for.
     mistakes : mapping of float to str
-        Wrong number → what leads there.
+        Wrong number → what leads there; two or three digits must agree.
     """
 
     answer: float
     step: float
+    why: str
     unit: str = ""
     mistakes: Mapping[float, str]
 
@@ -215,29 +227,39 @@ class Number(Exercise):
 
     def _check(self, answer: Any) -> Verdict:
         try:
-            place = form.place(float(answer), self.step)
-        except (TypeError, ValueError, OverflowError):
-            return Verdict(
-                "incorrect", f"Answer with a number, not {answer!r}."
+            text = (
+                answer if isinstance(answer, str) else f"{float(answer):.17g}"
             )
-        return self._verdicts.get(
-            place, Verdict("incorrect", f"{float(answer):g} is not it.")
-        )
+            value = form.read(text, self.unit)
+        except Exception:  # anything may be given
+            value = None
+        if value is None or not math.isfinite(value):
+            return incorrect("Answer with a number.")
+        said = self._said
+        for key in (
+            str(form.place(value, self.step)),
+            form.digits(value, 3),
+            form.digits(value, 2),
+        ):
+            if key in said:
+                return said[key]
+        return incorrect("That is not it.")
 
     @property
-    def _verdicts(self) -> dict[int, Verdict]:
-        """What is said at each step: of two that are near, the nearer."""
-        said = {self.answer: Verdict("correct")}
-        said |= {v: Verdict("incorrect", m) for v, m in self.mistakes.items()}
-        exact = {form.place(v, self.step): each for v, each in said.items()}
-        around = {
-            n: e for v, e in said.items() for n in form.near(v, self.step)
-        }
-        return around | exact
+    def _said(self) -> dict[str, Verdict]:
+        """Step of a right answer, or digits of a wrong one → what is said."""
+        found = {}
+        for value, message in self.mistakes.items():
+            for number in (2, 3):
+                found[form.digits(value, number)] = incorrect(message)
+        middle = form.place(self.answer, self.step)
+        for place in range(middle - 1, middle + 2):
+            found[str(place)] = Verdict("correct", self.why)
+        return found
 
     def _repr_html_(self) -> str:
-        said = {place: repr(each) for place, each in self._verdicts.items()}
-        return form.number(self.number, self.step, said)
+        said = {key: repr(each) for key, each in self._said.items()}
+        return form.number(self.number, self.title, self.step, self.unit, said)
 
     def __repr__(self) -> str:
         return f"Exercise {self.number} · {self.title}\nq.check(number)"
@@ -266,10 +288,14 @@ class Code(Exercise):
     def _check(self, answer: Any) -> Verdict:
         name = self.reference.__name__
         if not callable(answer):
-            return Verdict(
-                "incorrect",
-                f"Give the function itself: check({name}), without calling it.",
+            return incorrect(
+                f"Give the function itself: check({name}), without calling it."
             )
+        with undisturbed():
+            return self._tried(answer, name)
+
+    def _tried(self, answer: Callable[..., Any], name: str) -> Verdict:
+        names = list(inspect.signature(self.reference).parameters)
         found: list[Any] = []
         wrong = ""
         for case in self.cases():
@@ -278,29 +304,22 @@ class Code(Exercise):
             before = states(given)
             try:
                 value = _called(answer, given)
-            except Exception as error:
-                return Verdict(
-                    "incorrect",
-                    f"{call} raised {type(error).__name__}: {error}",
-                )
+            except NotImplementedError:
+                return NOT_YET
+            except (Exception, SystemExit) as error:
+                return incorrect(f"{call} raised {quoted(error, answer)}")
             if value is None or value is ...:
-                nothing = Verdict("incorrect", f"{call} gives {value}.")
+                nothing = incorrect(f"{call} gives {value}.")
                 return nothing if found else NOT_YET
-            touched = changed(before, states(given))
+            touched = changed(names, before, states(given))
             if touched:
-                return Verdict(
-                    "incorrect",
-                    f"{call} changes {touched} that it was given: work on a "
-                    "copy.",
-                )
+                return incorrect(f"{call} changes {touched}: work on a copy.")
             found.append(value)
             expected = _called(self.reference, copy.deepcopy(case))
             differs = difference(value, expected)
             if differs and not wrong:
                 wrong = f"{call} gives {shown(value)}: {differs}."
-        if not wrong:
-            return Verdict("correct")
-        return Verdict("incorrect", f"{self._likely(found)}{wrong}")
+        return incorrect(self._likely(found) + wrong) if wrong else RIGHT
 
     def _likely(self, found: list[Any]) -> str:
         """What the mistake probably is: the one that gives the same."""
@@ -333,6 +352,38 @@ class Code(Exercise):
 
 def _called(function: Callable[..., Any], case: tuple) -> Any:
     """What it gives; random numbers are the same each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return function(*case)
+    torch.manual_seed(0)
+    return function(*case)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is set for the whole process stays as it is."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    numbers = np.random.get_state()  # noqa: NPY002
+    others = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        np.random.set_state(numbers)  # noqa: NPY002
+        random.setstate(others)
+
+
+def quoted(error: BaseException, answer: Callable[..., Any]) -> str:
+    """An exception in a sentence, with the line of the answer it came from."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    place = ""
+    code = getattr(answer, "__code__", None)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if code is not None and frame.filename == code.co_filename:
+            place = (
+                f" (line {frame.lineno}: {frame.line})" if frame.line else ""
+            )
+    return f"{type(error).__name__}: {text}{place}"

@@ -36,9 +36,11 @@ def images(number: int = 20, seed: int = 0) -> Tensor:
     return torch.randn(number, 1, 8, 8, generator=generator)
 
 
-def labelled(model: nn.Module, number: int = 20) -> tuple[Tensor, Tensor]:
+def labelled(
+    model: nn.Module, number: int = 20, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Images with the classes that the network sees in them, but for a few."""
-    x = images(number)
+    x = images(number, seed)
     with torch.no_grad():
         labels = model(x).argmax(1)
     labels[::7] = (labels[::7] + 1) % 4

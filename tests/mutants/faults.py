@@ -175,7 +175,7 @@ FAULTS = [
           "test_exercises.py -k own_words"),
     Fault("a page rounds down", "exercises/form.py",
           "Math.floor(value / step + 0.5)", "Math.floor(value / step - 0.5)", "test_exercises.py -k page_says"),
-    Fault("a number has no neighbours", "exercises/form.py",
+    Fault("a number has no neighbours", "exercises/kinds.py",
           "range(middle - 1, middle + 2)", "range(middle, middle + 1)", "test_exercises.py -k within_its_steps"),
     # --- evidence -------------------------------------------------------------------------------------------------------
     Fault("mean squares are swapped", "statistics.py",
