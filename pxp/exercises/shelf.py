@@ -6,7 +6,7 @@ from importlib import import_module
 
 from .kinds import Exercise
 
-CHAPTERS = 14
+CHAPTERS = 13
 
 
 def numbers() -> list[str]:
