@@ -210,7 +210,7 @@ def finetune(
             order = torch.randperm(len(labels))
             for index in _batches(order, batch_size):
                 x, y = images[index], labels[index]
-                logits = logits_of(trained(x))
+                logits = logits_of(trained(x.clone()))
                 check_classes(y, logits)
                 loss = F.cross_entropy(logits, y)
                 if teacher is not None:

@@ -134,9 +134,9 @@ The same within each layer, averaged over the layers:
 
 What a cut breaks behind it can be mended without labels ({{py:func}}`pxp.repair`): by least squares on 500 images of
 the reference split, layer by layer. Accuracy on the 2,000 images as cut → repaired, with 40 % gone, ranked over
-the whole network. "LRP" is ε (z⁺ on the ResNet); it, its shuffled self and random are measured over ten
-draws of references, what is repaired of the others over three, and their intervals are as wide as that makes
-them; – was not measured yet.
+the whole network. "LRP" is ε (z⁺ on the ResNet). All are measured over ten draws of references, but what is
+repaired of Taylor, activation and Fisher over three, so their intervals are wider, and magnitude once, since
+it depends on no draw. Where – stands, the repair was not measured yet.
 
 {table(mended, mending(0.4, "global"))}
 
@@ -144,8 +144,9 @@ With 80 % gone, ranked within each layer:
 
 {table(mended, mending(0.8, "layer"))}
 
-What labels buy: the same masks of LRP within each layer, 80 % gone, three draws; as cut or as repaired, and then
-trained on the same 500 images with their labels ({{py:func}}`pxp.finetune`). Seconds are those of one processor.
+What labels buy: masks of LRP within each layer, 80 % gone, of the first three of the ten draws; as cut or as
+repaired, and then trained on the same 500 images with their labels ({{py:func}}`pxp.finetune`). Seconds are
+those of one processor.
 
 {table(ways, training)}
 

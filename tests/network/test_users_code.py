@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import relative
@@ -249,9 +251,18 @@ def as_compacted(model, data, units):
     return pxp.compact(model, mask, example=data[0])(torch.full((1, 1, 8, 8), 0.3))
 
 
+def trained(model, data, units):
+    """With the first layer frozen, nobody keeps the images for a gradient, and so sees that they were changed."""
+    student = copy.deepcopy(model)
+    student.conv.requires_grad_(False)
+    taught = pxp.finetune(student, data, epochs=2, teacher=model, progress=False)
+    return torch.cat([parameter.detach().flatten() for parameter in taught.parameters()])
+
+
 @pytest.mark.parametrize(
     "made",
     [
+        trained,
         *(
             scores_by(c)
             for c in (pxp.LRP("epsilon"), pxp.LRP("gamma"), pxp.Taylor(), pxp.Taylor(start="loss"), pxp.Activation())
