@@ -100,6 +100,8 @@ FAULTS = [
           "network/test_users_code.py -k stay_as"),
     Fault("one mask's network changes the images of the next", "sweep.py",
           "(model(images.clone()),)", "(model(images),)", "network/test_users_code.py -k stay_as"),
+    Fault("the teacher sees what the student made of the images", "recover.py",
+          "logits_of(trained(x.clone()))", "logits_of(trained(x))", "network/test_users_code.py -k stay_as"),
     # --- rules ----------------------------------------------------------------------------------------------------------
     Fault("epsilon has the wrong sign", "lrp/rules.py",
           "return ratio.div_(ratio + self.epsilon).mul_(grad)", "return ratio.div_(ratio - self.epsilon).mul_(grad)",
