@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,9 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, 
 MARKERS = "osD^vXP*"
 
 STYLE: dict[Any, Any] = {
-    "figure.figsize": (7.0, 4.2),
-    "figure.dpi": 100,
+    # 12 points are 9 pixels where a phone shows the figure 358 pixels wide
+    "figure.figsize": (6.4, 4.0),
+    "figure.dpi": 144,  # two pixels for each point
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "axes.grid": True,
@@ -37,7 +39,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "font.size": 12,
     "legend.frameon": False,
-    "legend.fontsize": 11,
+    "legend.fontsize": 12,
     "lines.linewidth": 2.0,
     "savefig.facecolor": "white",
     "figure.constrained_layout.use": True,
@@ -50,6 +52,24 @@ def use_style() -> None:
     from cycler import cycler
 
     plt.rcParams.update({**STYLE, "axes.prop_cycle": cycler(color=COLORS)})
+
+
+def show() -> None:
+    """Show the current figure and, folded below it, the numbers that it draws as a table.
+
+    Stands for ``plt.show()`` in a notebook. Of pictures, drawings and large clouds of points there is no table, of long
+    lines a few points. What has no label, beside what has one, is taken for a guide to the eye.
+    """
+    import matplotlib.pyplot as plt
+
+    from .figure_data import Folded, tables
+
+    found = tables(plt.gcf())
+    plt.show()
+    if found:
+        from IPython.display import display
+
+        display(Folded(found))
 
 
 def style(index: int) -> dict[str, Any]:
@@ -95,10 +115,15 @@ def curves(named: Mapping[str, Curve], ax: Axes | None = None, *, chance: float 
             ax.fill_between(rates, 100 * low, 100 * high, color=COLORS[index % len(COLORS)], alpha=0.18, linewidth=0)
     if chance is not None:
         ax.axhline(100 * chance, color="#666666", linewidth=1, linestyle=":")
-        ax.text(0, 100 * chance + 1, "guessing", color="#555555", fontsize=10)
+        ax.text(0, 100 * chance + 1, "guessing", color="#555555")
     ax.set(xlabel="pruned components (%)", ylabel="accuracy (%)", ylim=(0, 100))
     ax.legend(title="criterion (A_PR)")
     return ax
+
+
+def _tilted(names: Sequence[str]) -> dict[str, Any]:
+    """Names of layers below an axis: upright where slanted ones would lie upon each other."""
+    return {"rotation": 90, "ha": "center"} if len(names) > 12 else {"rotation": 60, "ha": "right"}
 
 
 def kept_per_layer(named: Mapping[str, Mask], ax: Axes | None = None) -> Axes:
@@ -112,7 +137,7 @@ def kept_per_layer(named: Mapping[str, Mask], ax: Axes | None = None) -> Axes:
         where = np.arange(len(shares)) + (index - (len(named) - 1) / 2) * width
         ax.bar(where, shares, width, color=COLORS[index % len(COLORS)], label=label)
     names = list(next(iter(named.values())))
-    ax.set_xticks(np.arange(len(names)), names, rotation=60, ha="right", fontsize=10)
+    ax.set_xticks(np.arange(len(names)), names, **_tilted(names))
     ax.set(ylabel="kept components (%)", xlabel="layer, in the order of execution", ylim=(0, 105))
     ax.grid(axis="x", visible=False)
     if len(named) > 1:
@@ -126,7 +151,7 @@ def sensitivity(found: Mapping[str, Curve], ax: Axes | None = None) -> Axes:
     names, curves = list(found), list(found.values())
     table = 100 * np.stack([curve.accuracy for curve in curves])
     image = ax.pcolormesh(table, cmap="cividis", vmin=0, vmax=100)
-    ax.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=10)
+    ax.set_yticks(np.arange(len(names)) + 0.5, names)
     ax.invert_yaxis()
     rates = curves[0].rates
     shown = range(0, len(rates), max(1, len(rates) // 5))
@@ -168,7 +193,7 @@ def styled(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
             text.set(color="black", fontsize=STYLE["axes.labelsize"])
         if ax.get_legend() is not None:
-            ax.get_legend().set(frame_on=False)
+            ax.get_legend().set(frame_on=False, loc="best", bbox_to_anchor=None)
     return drawn
 
 
@@ -195,7 +220,7 @@ def costs(named: Mapping[str, Cost], layers: str = "flops") -> Figure:
     first, rows = next(iter(named.values())), per_layer(named, layers)
     width = 0.8 / len(named)
     with plt.rc_context(STYLE):
-        figure, (total, each) = plt.subplots(2, 1, figsize=(7, 6))
+        figure, (total, each) = plt.subplots(2, 1, figsize=(6.4, 5.6))
     for index, (label, cost) in enumerate(named.items()):
         shift = (index - (len(named) - 1) / 2) * width
         style = {"width": width, "color": COLORS[index % len(COLORS)]}
@@ -204,7 +229,7 @@ def costs(named: Mapping[str, Cost], layers: str = "flops") -> Figure:
         each.bar(np.arange(len(rows)) + shift, [values[index] for values in rows.values()], **style)
     total.set_xticks(np.arange(len(parts)), list(parts))
     total.set_ylabel(f"of {next(iter(named))} (%)")
-    each.set_xticks(np.arange(len(rows)), list(rows), rotation=60, ha="right", fontsize=10)
+    each.set_xticks(np.arange(len(rows)), list(rows), **_tilted(list(rows)))
     each.set(ylabel=QUANTITIES[layers][0], xlabel="layer, in the order of execution")
     for ax in (total, each):
         ax.grid(axis="x", visible=False)
@@ -220,7 +245,7 @@ def scores_per_layer(scores: Scores, ax: Axes | None = None, *, signed: bool = F
     for index, tensor in enumerate(values.values()):
         jitter = index + generator.uniform(-0.3, 0.3, len(tensor))
         ax.scatter(jitter, tensor.numpy(), s=10, alpha=0.6, color=COLORS[0], linewidths=0)
-    ax.set_xticks(np.arange(len(values)), list(values), rotation=60, ha="right", fontsize=10)
+    ax.set_xticks(np.arange(len(values)), list(values), **_tilted(list(values)))
     ax.set(xlabel="layer, in the order of execution", ylabel="mean relevance" if signed else "mean |relevance|")
     if not signed:
         ax.set_yscale("log")
@@ -242,7 +267,7 @@ def conservation(named: Mapping[str, Any], ax: Axes | None = None) -> Axes:
             label=label,
         )
     names = ["input", *next(iter(named.values())).arrives, "logit"]
-    ax.set_xticks(np.arange(len(names)), names, rotation=60, ha="right", fontsize=10)
+    ax.set_xticks(np.arange(len(names)), names, **_tilted(names))
     ax.set(xlabel="layer, in the order of execution", ylabel="relevance that arrives")
     ax.legend(title="criterion")
     return ax
@@ -272,32 +297,38 @@ def heatmaps(
 
     rows, columns = len(images), 1 + len(relevances)
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 1.85 * rows), squeeze=False)
+        width = min(1.75, STYLE["figure.figsize"][0] / columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 1.1 * width * rows), squeeze=False)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes[row, 0].set_title(titles[row] if len(titles) else "image", fontsize=11)
+        axes[row, 0].set_title(_wrapped(titles[row] if len(titles) else "image", width), fontsize=12)
         for column, (name, relevance) in enumerate(relevances.items(), start=1):
             pixels = relevance[row].sum(0)
             limit = float(torch.quantile(pixels.abs().flatten().double(), percentile / 100)) or 1.0
             axes[row, column].imshow(pixels.numpy(), cmap="seismic", vmin=-limit, vmax=limit)
             if row == 0:
-                axes[row, column].set_title(name, fontsize=11)
+                axes[row, column].set_title(_wrapped(name, width), fontsize=12)
     for ax in axes.flat:
         ax.set_axis_off()
     return figure
 
 
-def image_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int = 8) -> Figure:
+def _wrapped(text: str, inches: float) -> str:
+    """A title in lines that fit above a picture of this width."""
+    return fill(text, max(6, int(inches * 72 / 6.5)), break_long_words=False)
+
+
+def image_grid(images: Tensor, titles: Sequence[str] = (), *, columns: int = 5) -> Figure:
     """Images (N, C, H, W) in a grid, each with an optional title."""
     import matplotlib.pyplot as plt
 
-    rows = -(-len(images) // columns)
+    rows, width = -(-len(images) // columns), STYLE["figure.figsize"][0] / columns
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False)
+        figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 1.15 * width * rows), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for index, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
         if len(titles):
-            ax.set_title(titles[index], fontsize=10)
+            ax.set_title(_wrapped(titles[index], width), fontsize=12)
     return figure

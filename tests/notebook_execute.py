@@ -2,8 +2,9 @@
 
 Every notebook runs in a fresh kernel, from its own folder. What differs between two runs of the same notebook without
 meaning anything (time stamps, kernel version, widget state, cell ids) is removed, so that a diff shows real changes
-only. Heavy figures are written with a palette, and what cells tagged ``live`` show is not kept. Cells tagged ``solution``, ``report`` or ``hide-input`` are folded for Jupyter and
-Colab. ``--normalise`` does only this and runs nothing.
+only. Heavy figures are written with a palette, and what cells tagged ``live`` show is not kept. Cells tagged
+``solution``, ``report`` or ``hide-input`` are folded for Jupyter and Colab. ``--normalise`` does only this and runs
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-HEAVY = 200_000  # bytes of a figure from which it is written with a palette
+HEAVY = 50_000  # bytes of a figure from which it is written with a palette
 CELL_TIMEOUT = 120  # seconds, as for nbval in the Makefile
 # tag of cells whose code is folded → what the book's button says to show and to hide it
 FOLDED = {

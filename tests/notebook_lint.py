@@ -8,6 +8,7 @@ complete page. Each check is a generator of messages; ``CHECKS`` lists them.
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
 import sys
@@ -31,6 +32,9 @@ MAX_COLUMNS = 80  # the book's page shows about 85
 MAX_BYTES = 1_000_000
 MAX_OPEN = 25  # code cells whose code shows, without those that a reader writes
 EXERCISES = 3
+# a phone shows a figure 358 pixels wide: 12 points at two pixels each are then 9 pixels high, the least that can be read
+MAX_WIDTH = 954
+MIN_POINTS = 12
 
 # import name -> name in requirements.txt, where the two differ (or where the second always brings the first)
 DISTRIBUTIONS = {
@@ -243,6 +247,25 @@ def check_figures(notebook: NotebookNode) -> Iterator[str]:
         yield f"figure name {name!r} is used twice"
 
 
+def check_legible(notebook: NotebookNode) -> Iterator[str]:
+    """Figures are no wider than a phone can show, and come with their numbers."""
+    for number, cell in code_cells(notebook):
+        for points in re.findall(r"(?:font|label|title)size=([\d.]+)", cell.source):
+            if float(points) < MIN_POINTS:
+                yield f"cell {number}: text of {points} points, at least {MIN_POINTS}"
+        for output in cell.outputs:
+            width = width_of(output.get("data", {}).get("image/png", ""))
+            if width > MAX_WIDTH:
+                yield f"cell {number}: figure of {width} pixels across, at most {MAX_WIDTH}"
+        if has_image(cell) and "pxp.plots.show()" not in cell.source:
+            yield f"cell {number}: a figure without its numbers; show it with pxp.plots.show()"
+
+
+def width_of(picture: str) -> int:
+    """Pixels across of a PNG in base64, which its header states; 0 of none."""
+    return int.from_bytes(base64.b64decode(picture[:32])[16:20], "big")
+
+
 def check_columns(notebook: NotebookNode) -> Iterator[str]:
     """Magics and code in Markdown too, which ruff does not see."""
     for number, cell in enumerate(notebook.cells):
@@ -396,6 +419,7 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_columns,
     check_metadata,
     check_figures,
+    check_legible,
     check_first_cell,
     check_imports,
     check_paths,

@@ -20,10 +20,10 @@ TASKS = {
 PLACES = {task: [16, 17, 18, 19] if task == "vit-neurons" else [0, 2, 4, 8, 12] for task in TASKS}
 
 
-# how LRP ranked, and at which rates draws differ; least squares within the ResNet's layers is not measured yet
+# how LRP ranked, and at which rates draws differ
 REPAIRED = {
     "vgg": ("epsilon", "layer", [1, 3]),
-    "resnet": ("zplus", "global", [0, 3]),
+    "resnet": ("zplus", "layer", [1, 3]),
     "vit-heads": ("epsilon", "layer", [1, 3]),
     "vit-neurons": ("epsilon", "layer", [1, 3]),
 }

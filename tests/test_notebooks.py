@@ -105,6 +105,12 @@ def test_the_full_profile_loads_without_a_download(chapter, photographs):
     assert units.total in (4224, 4800, 144) and scores.samples == 1
 
 
+def png(width: int) -> str:
+    written = io.BytesIO()
+    Image.new("L", (width, 1)).save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
+
+
 def exercise_cells(*numbers: str) -> list[nbformat.NotebookNode]:
     """Cells 5 to 12 of the page below."""
     cells = []
@@ -126,7 +132,7 @@ def good_notebook() -> nbformat.NotebookNode:
             new_code_cell(
                 "import torch\n\nprint(torch.ones(2).sum().int().item())", outputs=[new_output("stream", text="2\n")]
             ),
-            new_code_cell("plt.show()", metadata=copy.deepcopy(FIGURE), outputs=[image]),
+            new_code_cell("pxp.plots.show()", metadata=copy.deepcopy(FIGURE), outputs=[image]),
             new_markdown_cell("## Pitfalls\n\nNone.\n\n## Exercises"),
             *exercise_cells("1.1", "1.2", "1.3"),
             new_markdown_cell("## Take-away\n\nOne line.\n\n## References\n\n- none"),
@@ -193,6 +199,9 @@ BROKEN = {
     "no caption": (_mystnb("figure", "caption", ""), "image without caption"),
     "no name": (_mystnb("figure", "name", "line"), "image without a name fig-"),
     "two figures": (_output(3, "display_data", data={"image/png": PNG}), "more than one figure"),
+    "small text": (_source(3, "ax.tick_params(labelsize=11)\npxp.plots.show()"), "text of 11 points, at least 12"),
+    "wide figure": (_output(3, "display_data", data={"image/png": png(955)}), "955 pixels across, at most 954"),
+    "no numbers": (_source(3, "plt.show()"), "a figure without its numbers"),
     "figure without image": (_set(3, outputs=[]), "figure metadata, but no image"),
     "no set-up cell": (_source(1, "import pxp"), "not the agreed set-up cell"),
     "other branch": (_source(1, notebook_lint.first_cell() + "x"), "not the agreed set-up cell"),

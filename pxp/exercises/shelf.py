@@ -6,7 +6,7 @@ from importlib import import_module
 
 from .kinds import Exercise
 
-CHAPTERS = 13
+CHAPTERS = 14
 
 
 def numbers() -> list[str]:

@@ -289,4 +289,10 @@ FAULTS = [
           "requires_grad=learns)", "requires_grad=True)", "test_recover.py -k compacted"),
     Fault("a misread structure is not noticed", "compaction/compact.py",
           "        if not same or not all(", "        if False and not all(", "compaction/test_compact.py -k misread"),
+    # --- figures ----------------------------------------------------------------------------------------------------
+    Fault("what guides the eye is listed with the numbers", "figure_data.py",
+          "named or series)", "series)", "test_figure_data.py -k guides"),
+    Fault("the ends of an interval change places", "figure_data.py",
+          "return [(float(each.min()), float(each.max())) for", "return [(float(each.max()), float(each.min())) for",
+          "test_figure_data.py -k interval"),
 ]  # fmt: skip
