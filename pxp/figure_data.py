@@ -171,9 +171,19 @@ def _joined(ax: Axes, series: Sequence[_Series]) -> tuple[list[str], list[list[s
         places, values = (one.y, one.x) if down else (one.x, one.y)
         for place, value, ends in zip(places, values, one.ends or [()] * len(places), strict=True):
             column.setdefault(label(place), []).append((value, *ends))
-    where, what = _plain(axis.get_label_text()), _plain(other.get_label_text())
+    where, what = (_name_of(each, ax) for each in (axis, other))
     rows = {place: [_cell(column.get(place, []), shape) for column in columns.values()] for place in _keys(columns)}
     return [where, *(name or what or "value" for name in columns)], [[place, *cells] for place, cells in rows.items()]
+
+
+def _name_of(axis: Any, ax: Axes) -> str:
+    """What an axis shows: as it says itself, or one that it shares its scale with, or the whole figure."""
+    across = axis is ax.xaxis
+    kin = (ax.get_shared_x_axes() if across else ax.get_shared_y_axes()).get_siblings(ax)
+    names = [getattr(each, axis.axis_name + "axis").get_label_text() for each in (ax, *kin)]
+    whole: Any = ax.figure.get_figure(root=True)
+    names.append(whole.get_supxlabel() if across else whole.get_supylabel())
+    return _plain(next(filter(None, names), ""))
 
 
 def _keys(columns: dict[str, dict[str, Any]]) -> list[str]:
@@ -208,7 +218,7 @@ def _grids(ax: Axes) -> Iterator[tuple[list[str], list[list[str]]]]:
         half = 0.5 if isinstance(image, QuadMesh) else 0.0
         column, row = _label(ax.xaxis), _label(ax.yaxis)
         shape = _shape(values.ravel().tolist())
-        corner = " / ".join(filter(None, (_plain(ax.get_ylabel()), _plain(ax.get_xlabel()))))
+        corner = " / ".join(filter(None, (_name_of(ax.yaxis, ax), _name_of(ax.xaxis, ax))))
         head = [corner, *(column(at + half) for at in range(values.shape[1]))]
         yield head, [[row(at + half), *map(shape, each)] for at, each in enumerate(values.tolist())]
 

@@ -136,7 +136,7 @@ What a cut breaks behind it can be mended without labels ({{py:func}}`pxp.repair
 the reference split, layer by layer. Accuracy on the 2,000 images as cut → repaired, with 40 % gone, ranked over
 the whole network. "LRP" is ε (z⁺ on the ResNet). All are measured over ten draws of references, but what is
 repaired of Taylor, activation and Fisher over three, so their intervals are wider, and magnitude once, since
-it depends on no draw. Where – stands, the repair was not measured yet.
+it depends on no draw. {{doc}}`Chapter 14 <../notebooks/14_repair>` reads these tables.
 
 {table(mended, mending(0.4, "global"))}
 

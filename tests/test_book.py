@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import book_check
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 import pxp
 
@@ -47,6 +50,26 @@ def test_nothing_is_executed_by_the_build_and_nothing_asks_another_host():
     assert not {"sphinx_thebe", "sphinx.ext.intersphinx"} & set(sphinx["extensions"])
     assert (ROOT / "book/assets" / sphinx["mathjax_path"]).is_file()
     assert sphinx["nb_ipywidgets_js"] == {}
+
+
+def test_what_is_shown_beside_a_figure_is_no_figure(monkeypatch):
+    (suffix, (reader, *_)), *others = CONFIG["sphinx"]["config"]["nb_custom_formats"].items()
+    assert (suffix, reader, others) == (".ipynb", "notebook_reader.read", [])
+    monkeypatch.syspath_prepend(ROOT / CONFIG["sphinx"]["local_extensions"]["notebook_reader"])
+    read = importlib.import_module("notebook_reader").read
+    picture = new_output("display_data", {"image/png": "", "text/plain": "<Figure>"})
+    table = new_output("display_data", {"text/html": "<table>", "text/plain": "numbers"})
+    printed = new_output("stream", text="1")
+    figure = {"mystnb": {"figure": {"name": "fig-a"}}, "tags": ["hide-input", "report"]}
+    cells = [
+        new_code_cell("1", outputs=[picture, printed, table], metadata=figure),
+        new_code_cell("2", outputs=[picture, printed], metadata=figure),
+        new_code_cell("3", outputs=[table]),
+    ]
+    first, behind, *rest = read(nbformat.writes(new_notebook(cells=cells))).cells
+    assert first.outputs == [picture, printed] and first.metadata == figure and first.source == "1"
+    assert behind.outputs == [table] and behind.metadata == {"tags": ["remove-input", "report"]}
+    assert [cell.source for cell in rest] == ["2", "3"] and [len(cell.outputs) for cell in rest] == [2, 1]
 
 
 def site(folder: Path, body: str) -> list[str]:

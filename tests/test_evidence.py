@@ -183,7 +183,7 @@ def test_what_is_not_repaired_is_what_results_hold(task):
         assert np.abs(stored.accuracy[places] - cut.accuracy).max() < 2e-3, name
 
 
-@pytest.mark.parametrize("task", ["vgg", "vit-neurons"])
+@pytest.mark.parametrize("task", REPAIRED)
 def test_training_begins_with_what_was_cut_and_repaired(task):
     rows = {(row["rate"], row["way"]): row["accuracy"] for row in pxp.load_evidence(f"finetuned-{task}")}
     for rate in (0.4, 0.8):

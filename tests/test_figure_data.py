@@ -46,6 +46,21 @@ def test_one_line_without_a_name():
     assert drawn(lambda ax: ax.plot([1, 2], [3, 4])).head == ["", "value"]
 
 
+def test_what_an_axis_is_called_elsewhere():
+    figure, axes = plt.subplots(2, 2, sharex=True, sharey=True)
+    for ax in axes.flat:
+        ax.plot([0, 1], [1, 2])
+    axes[1, 0].set_xlabel("rate")
+    axes[1, 1].set_xlabel("rate")
+    axes[0, 0].set_ylabel("accuracy")
+    assert [table.head for table in tables(figure)] == [["rate", "accuracy"]] * 4
+    figure, axes = plt.subplots(1, 2)
+    for ax in axes:
+        ax.plot([0, 1], [1, 2])
+    figure.supxlabel("neurons")
+    assert [table.head for table in tables(figure)] == [["neurons", "value"]] * 2
+
+
 def test_names_on_the_axis():
     table = drawn(lambda ax: ax.plot(["first", "second"], [0.5, 0.25], label="a"))
     assert table.rows == [["first", "0.500"], ["second", "0.250"]]
