@@ -7,7 +7,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,22 @@ class Curve:
         """Mean over runs, (rates,)."""
         return np.mean(self.runs, axis=0)
 
+    def at(self, *rates: float) -> Curve:
+        """The same runs at some of the rates only, as for a comparison at one; A_PR is then the mean over these.
+
+        Raises
+        ------
+        ValueError
+            A rate that the curve does not have.
+        """
+        wanted = as_rates(rates)
+        if missing := [rate for rate in wanted if rate not in self.rates]:
+            raise ValueError(f"the curve has no rate {missing[0]}; it has {', '.join(map(str, self.rates))}")
+        places = [self.rates.index(rate) for rate in wanted]
+        runs = tuple(tuple(run[place] for place in places) for run in self.runs)
+        hits = None if self.hits is None or self.right is None else Hits.of(self.right[:, places], self.hits.images)
+        return replace(self, rates=wanted, runs=runs, hits=hits)
+
     @property
     def a_pr_runs(self) -> np.ndarray:
         """A_PR of each run, (runs,)."""
@@ -300,7 +316,9 @@ def load_curves(path: str | Path) -> dict[str, Curve]:
     ----------
     path : path or str
         A file, or the name of curves that ship with the package: the results on the shipped networks, ``"vgg"``,
-        ``"resnet"``, ``"vit-heads"``, ``"vit-neurons"``.
+        ``"resnet"``, ``"vit-heads"``, ``"vit-neurons"``; with these as TASK, ``"exchanged-TASK"`` (the layers of one
+        criterion, the components of another) and ``"repair-TASK"`` (as cut and repaired); ``"vgg-leaders"`` (the best
+        of the grid).
 
     Returns
     -------

@@ -152,7 +152,8 @@ def load_evidence(name: str) -> Any:
         ``"coverage"``: how often intervals hold what they promise, by world, draws and images. ``"samplers"``: the
         best value that each sampler had found among the 512 composites of the VGG after so many trials, seed by seed.
         ``"oracle-vgg"``, ``"oracle-resnet"``, ``"oracle-vit-heads"``, ``"oracle-vit-neurons"``: what silencing each
-        component alone does to the loss, and every criterion's rank correlation with it.
+        component alone does to the loss, and every criterion's rank correlation with it. ``"finetuned-vgg"``, … of the
+        same four: what repair and training give back.
 
     Returns
     -------

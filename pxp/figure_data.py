@@ -165,6 +165,10 @@ def _joined(ax: Axes, series: Sequence[_Series]) -> tuple[list[str], list[list[s
     shape = _shape(
         [v for one in series for v in (*(one.x if down else one.y), *(e for ends in one.ends for e in ends))]
     )
+    if len(series) > 2 and all(len(one.x) == 1 for one in series):  # a point for each name
+        across, up = (_label(each) for each in (ax.xaxis, ax.yaxis))
+        points = [[one.name, across(one.x[0]), up(one.y[0])] for one in series]
+        return ["", _name_of(ax.xaxis, ax), _name_of(ax.yaxis, ax)], points
     label, columns = _label(axis), dict[str, dict[str, list[tuple[float, ...]]]]()
     for one in series:
         column = columns.setdefault(one.name, {})

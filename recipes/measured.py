@@ -1,7 +1,7 @@
 """The page *What was measured* of the book: ``python recipes/measured.py`` writes it of what other recipes have found.
 
-``results.py`` (criteria and their controls), ``oracle.py`` (leave one out), ``repairs.py`` and ``finetuned.py``
-(repair; – where they have not measured a task).
+``results.py`` (criteria and their controls), ``leaders.py`` (the best of a grid), ``oracle.py`` (leave one out),
+``repairs.py`` and ``finetuned.py`` (repair; – where they have not measured a task).
 """
 
 from __future__ import annotations
@@ -82,6 +82,31 @@ def page() -> str:
         rows = [row for row in trained.get(task, []) if row["way"] == name and row["rate"] == 0.8]
         return f"{ranged(*rows[0]['accuracy'])}, {rows[0]['seconds']:.1f} s" if rows else ranged(None)
 
+    grid = pxp.load_curves("vgg-leaders")
+    signs = {
+        "epsilon": "ε",
+        "zplus": "z⁺",
+        "gamma": "γ",
+        "alpha2beta1": "α2β1",
+        "magnitude": "absolute",
+        "signed": "signed",
+    }
+    default = ", ".join(["epsilon"] * 4 + ["magnitude"])
+    against = pxp.compare_all(grid, against=default)
+
+    trials = pxp.load_study("vgg-grid").trials
+    tuned = {
+        ", ".join(trial.params[part] for part in ("low", "middle", "high", "fc", "by")): trial.value for trial in trials
+    }
+
+    def leader(name: str) -> str:
+        found = ranged(grid[name].a_pr, *grid[name].a_pr_interval())
+        row = against.get((name, default))
+        gain = "– | –" if row is None else f"{ranged(row.difference, row.low, row.high)} | {row.adjusted:.3f}"
+        rules = " | ".join(signs[part] for part in name.split(", "))
+        return f"| {rules} | {ranged(tuned[name])} | {found} | {gain} |"
+
+    leaders = "\n".join(map(leader, grid))
     ranked = list(oracle["vgg"])
     return f"""\
 # What was measured
@@ -101,6 +126,16 @@ once. "Tuned" is the winner of a search on the tuning images, in the paper's or 
 that of another task; "softmax cp" and "zplus" are CP-LRP and z⁺ in the softmax; – was not measured.
 
 {table(criteria, area)}
+
+## The best of the grid, on other images
+
+The twenty best of the 512 composites of the VGG's grid, in the order of the 500 tuning images on which they were
+chosen (with one draw of references), and what they reach as above. The last columns are the difference to ε
+everywhere and its p-value, adjusted for the nineteen comparisons (Holm).
+
+| low | middle | high | fc | ranked by | tuned | $A_{{PR}}$ | minus ε everywhere | p |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{leaders}
 
 ## Which layers, or which components?
 
@@ -150,9 +185,9 @@ those of one processor.
 
 {table(ways, training)}
 
-The curves are data of the package ({{func}}`pxp.load_curves`), made by `recipes/results.py` and, as
-`repair-TASK`, by `recipes/repairs.py`; so are the correlations ({{func}}`pxp.load_evidence`), made by
-`recipes/oracle.py`, and the last table, by `recipes/finetuned.py`.
+The curves are data of the package ({{func}}`pxp.load_curves`), made by `recipes/results.py`, as `vgg-leaders` by
+`recipes/leaders.py` and as `repair-TASK` by `recipes/repairs.py`; so are the correlations
+({{func}}`pxp.load_evidence`), made by `recipes/oracle.py`, and the last table, by `recipes/finetuned.py`.
 """
 
 

@@ -184,6 +184,22 @@ def test_numbers_of_a_curve_by_hand():
     assert perfect.a_pr == 1.0 and perfect.area == pytest.approx(0.95) and perfect.top_pr() == 0.95
 
 
+def test_some_rates_of_a_curve():
+    right = np.random.default_rng(0).random((3, 4, 50)) < 0.7
+    whole = pxp.Curve.of_hits((0.0, 0.2, 0.4, 0.8), right, "these", criterion="LRP", draws=("a", "b", "c"))
+    some = whole.at(0.2, 0.8)
+    assert some.rates == (0.2, 0.8) and some.draws == whole.draws and some.criterion == "LRP"
+    np.testing.assert_array_equal(some.right, right[:, [1, 3]])
+    assert some.hits.images == "these" and some.a_pr == pytest.approx(right[:, [1, 3]].mean())
+    np.testing.assert_allclose(whole.at(0.4).interval(), np.stack(whole.interval())[:, [2]])
+    plain = pxp.Curve((0.0, 0.5), ((0.9, 0.4), (0.8, 0.3))).at(0.5)
+    assert plain.runs == ((0.4,), (0.3,)) and plain.hits is None
+    with pytest.raises(ValueError, match=r"no rate 0\.3; it has 0\.0, 0\.2, 0\.4, 0\.8"):
+        whole.at(0.3)
+    with pytest.raises(ValueError, match="grow|higher"):
+        whole.at(0.4, 0.2)
+
+
 def test_top_pr_stops_at_the_first_fall():
     assert pxp.Curve((0.0, 0.1, 0.2), ((1.0, 0.95, 0.9),)).top_pr() == 0.1  # just that share is enough
     assert pxp.Curve((0.0, 0.1, 0.2), ((0.5, 0.25, 0.2),)).top_pr(0.5) == 0.1

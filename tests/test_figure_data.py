@@ -185,6 +185,16 @@ def test_long_lines_are_thinned():
     assert table.rows[3] == ["300", "90000"]
 
 
+def test_points_with_names():
+    def draw(ax):
+        for name, x, y in (("a", 0.1234567, 2), ("b", 0.5, 3.25), ("c", 0.5, 4)):
+            ax.plot(x, y, "o", label=name)
+
+    table = drawn(draw, xlabel="cost", ylabel="gain")
+    assert table.head == ["", "cost", "gain"]
+    assert table.rows == [["a", "0.1235", "2"], ["b", "0.5", "3.25"], ["c", "0.5", "4"]]
+
+
 def test_grids():
     def draw(ax):
         image = ax.imshow([[0.1, 0.2], [0.3, np.nan]])

@@ -16,9 +16,10 @@ NOTHING_LOST = Number(
     A layer of neurons is followed by a linear layer. You remove each neuron
     with probability $p$, independently; ignore the bias. What is the expected
     logit, compared to before, and what is its standard deviation, if all
-    neurons contribute about the same? How many times as large is the deviation
-    with 30 neurons as it is with 200, the logit being the same? And why is a
-    removal of the neurons that are *silent at one sample* different?
+    neurons contribute about the same? Answer with a number: how many times as
+    large is the deviation with 30 neurons as it is with 200, the logit being
+    the same? (And why is a removal of the neurons that are *silent at one
+    sample* different? The solution says.)
     """,
     answer=2.6,
     step=0.1,

@@ -10,7 +10,7 @@ IDLE = Number(
     minutes=5,
     stars=1,
     text="""
-    The VGG has seven convolutions with 16, 16, 32, 32, 64, 128 and 128 filters;
+    The VGG has seven convolutions with 16, 16, 48, 48, 96, 96 and 96 filters;
     the first two are the low group. How many scores, of all 416, can differ
     between two settings that differ in the rule of the low group only?
     """,

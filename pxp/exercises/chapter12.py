@@ -19,6 +19,9 @@ CURSE = Number(
     why="The largest of 64 normal draws lies 2.3 or 2.4 deviations up.",
     mistakes={
         0.058: "That is √(2 ln 64) errors, a bound that is a fifth too high.",
+        2.35: "That is in standard errors; how much is one?",
+        2.4: "That is in standard errors; how much is one?",
+        0.056: "That is for 256 of them.",
         4.7: "Give it as a share, as the standard error is.",
         4.8: "Give it as a share, as the standard error is.",
         5.0: "Give it as a share, as the standard error is.",
