@@ -60,6 +60,7 @@ KNOWN_COMMENTS = {"NBVAL_IGNORE_OUTPUT", "NBVAL_SKIP", "NBVAL_RAISES_EXCEPTION",
 ABSOLUTE_PATH = re.compile(r"(?<![\w/.:])(?:/(?:home|root|tmp|usr|work|opt|mnt|content|Users|var)/|[A-Z]:\\\\)")
 VERDICT = re.compile(r"(?:^|[\s:|])(?:True|False|yes|no)\s*$|^(?:True|False|yes|no)\s*\|")
 PART = re.compile(r"^#{1,2} |^#{2,4} Exercise (\d+)\b|<details>\s*<summary>[^<]*Solution", re.MULTILINE)
+PLACEHOLDER = re.compile(r"^(?:@?[A-Z][A-Z0-9_]{3,}|TODO.*)$", re.MULTILINE)
 DIRECTIVE = re.compile(r"^\s*(?:`{3,}|:{3,})\{[\w:-]+\}|(?<!`)\{[\w:-]+\}`[^`]", re.MULTILINE)
 
 
@@ -338,6 +339,8 @@ def check_markdown(notebook: NotebookNode) -> Iterator[str]:
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown" and (match := DIRECTIVE.search(cell.source)):
             yield f"cell {number}: {match.group().strip()!r} shows as raw text in Colab; use plain Markdown"
+        if cell.cell_type == "markdown" and (match := PLACEHOLDER.search(cell.source)):
+            yield f"cell {number}: {match.group()!r} stands where a text should"
 
 
 def check_page(notebook: NotebookNode) -> Iterator[str]:

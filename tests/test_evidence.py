@@ -128,7 +128,9 @@ def test_exchanged_curves_are_found_again(task):
 def test_the_best_of_the_grid_on_other_images():
     leaders, shipped = pxp.load_curves("vgg-leaders"), pxp.load_curves("vgg")
     trials = sorted(pxp.load_study("vgg-grid").trials, key=lambda trial: -trial.value)[:20]
-    assert list(leaders) == [", ".join(t.params[part] for part in ("low", "middle", "high", "fc", "by")) for t in trials]
+    assert list(leaders) == [
+        ", ".join(t.params[part] for part in ("low", "middle", "high", "fc", "by")) for t in trials
+    ]
     assert all(curve.images == 2000 and len(curve.draws) == 10 for curve in leaders.values())
     first, default = next(iter(leaders)), "epsilon, epsilon, epsilon, epsilon, magnitude"
     for name, other in ((first, "tuned"), (default, "LRP-epsilon")):

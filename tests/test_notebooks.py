@@ -215,6 +215,7 @@ BROKEN = {
     "absolute path in output": (_output(2, "stream", text="in /tmp/x"), "absolute path"),
     "directive": (_source(4, "## Pitfalls\n\n```{note}\nx\n```\n\n## Exercises"), "shows as raw text"),
     "role": (_source(4, "## Pitfalls\n\n{cite}`x`\n\n## Exercises"), "shows as raw text"),
+    "a placeholder": (_source(4, "## Pitfalls\n\nREADING12\n\n## Exercises"), "'READING12' stands where a text should"),
     "two titles": (_source(4, "# Again\n\n## Pitfalls\n\n## Exercises"), "its one title; found 2"),
     "no take-away": (_source(13, "## References"), "no part '## Take-away'"),
     "two exercises": (lambda n: n.cells.pop(11), "exercises found: [1, 2]"),
