@@ -113,7 +113,7 @@ def _series(ax: Axes) -> Iterator[_Series]:
             x, y = _points(line)
             if len(x) > MOST and line.get_linestyle() != "None":
                 x, y = (values[np.linspace(0, len(values) - 1, THINNED).round().astype(int)] for values in (x, y))
-            yield _Series(_name(line), x, y, _band(ax, line, x))
+            yield _Series(_name(line), x, y, _band(ax, line, x, y))
     for cloud in (each for each in ax.collections if isinstance(each, PathCollection)):
         yield _Series(_name(cloud), *np.ma.filled(np.ma.asarray(cloud.get_offsets()).astype(float), np.nan).T)
 
@@ -132,8 +132,8 @@ def _ends(bars: Any) -> list[tuple[float, ...]]:
     return [(float(each.min()), float(each.max())) for each in segments]
 
 
-def _band(ax: Axes, line: Any, x: np.ndarray) -> list[tuple[float, ...]]:
-    """Lowest and highest place of the band around a line, if there is one of its colour."""
+def _band(ax: Axes, line: Any, x: np.ndarray, y: np.ndarray) -> list[tuple[float, ...]]:
+    """Lowest and highest place of the band that a line lies in, if there is one of its colour."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgb
 
@@ -142,8 +142,11 @@ def _band(ax: Axes, line: Any, x: np.ndarray) -> list[tuple[float, ...]]:
         if any(np.allclose(color[:3], to_rgb(line.get_color())) for color in band.get_facecolor()):
             corners = np.concatenate([path.vertices for path in band.get_paths()])
             sides = [corners[np.isclose(corners[:, 0], place), 1] for place in x]
-            if all(len(side) for side in sides):
-                return [(float(side.min()), float(side.max())) for side in sides]
+            ends: list[tuple[float, ...]] = [(float(side.min()), float(side.max())) for side in sides if len(side)]
+            slack = 1e-9 * np.ptp(corners[:, 1])  # where a band has no width
+            inside = [low - slack <= value <= high + slack for (low, high), value in zip(ends, y, strict=False)]
+            if len(ends) == len(x) and all(inside):
+                return ends
     return []
 
 
@@ -165,7 +168,7 @@ def _joined(ax: Axes, series: Sequence[_Series]) -> tuple[list[str], list[list[s
     shape = _shape(
         [v for one in series for v in (*(one.x if down else one.y), *(e for ends in one.ends for e in ends))]
     )
-    if len(series) > 2 and all(len(one.x) == 1 for one in series):  # a point for each name
+    if len(series) > 2 and all(one.name and len(one.x) == 1 for one in series):  # a point for each name
         across, up = (_label(each) for each in (ax.xaxis, ax.yaxis))
         points = [[one.name, across(one.x[0]), up(one.y[0])] for one in series]
         return ["", _name_of(ax.xaxis, ax), _name_of(ax.yaxis, ax)], points

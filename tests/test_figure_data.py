@@ -160,6 +160,17 @@ def test_intervals_of_bands():
         assert table.rows[1][column] == f"{100 * curve.accuracy[1]:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def test_bands_of_one_colour_belong_to_their_lines():
+    def draw(ax):
+        for label, height in (("low", 0.2), ("high", 0.8)):
+            ax.plot([0, 1], [height, height], color="red", label=label)
+            ax.fill_between([0, 1], height - 0.1, height + 0.05, color="red", alpha=0.2)
+        ax.plot([0, 1], [0.5, 0.5], color="red", label="none")
+
+    row = ["0.200 [0.100, 0.250]", "0.800 [0.700, 0.850]", "0.500"]
+    assert drawn(draw).rows == [["0", *row], ["1", *row]]
+
+
 def test_a_cloud_is_listed_by_place():
     def draw(ax):
         ax.set_xticks([0, 1], ["a", "b"])
@@ -190,6 +201,12 @@ def test_points_with_names():
         for name, x, y in (("a", 0.1234567, 2), ("b", 0.5, 3.25), ("c", 0.5, 4)):
             ax.plot(x, y, "o", label=name)
 
+    def with_intervals(ax):
+        for place in range(3):
+            ax.errorbar(0.5, place, xerr=0.1, fmt="o")
+        ax.set_yticks(range(3), ["x", "y", "z"])
+
+    assert drawn(with_intervals, xlabel="gain").rows == [[name, "0.500 [0.400, 0.600]"] for name in "xyz"]
     table = drawn(draw, xlabel="cost", ylabel="gain")
     assert table.head == ["", "cost", "gain"]
     assert table.rows == [["a", "0.1235", "2"], ["b", "0.5", "3.25"], ["c", "0.5", "4"]]

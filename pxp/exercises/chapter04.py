@@ -22,8 +22,9 @@ CONSERVATION = Choice(
             "Relevance starts with the logit, not with one; "
             '`pxp.LRP(start="one")` would begin so.'
         ),
-        "The mean logit of the true class; the biases keep a part.": (
-            "Each layer's bias keeps its share of what arrives, of either sign."
+        "The mean logit of the true class, less what biases keep.": (
+            "Each layer's bias keeps its share of what arrives, of either "
+            "sign: a layer may hold more than the logit."
         ),
         "Zero, since positive and negative relevance cancel.": (
             "They cancel to what arrived from above, and that is the logit."

@@ -173,9 +173,10 @@ ASK = Code(
     Forty-eight heads are few enough to try. Write `ablation`: remove each head
     alone with a `pxp.Mask` and take the mean absolute change of the true
     class's logit; `kept = dict(pxp.Mask.all(units))` is a mask's content to
-    start with. In the solution `pxp.Scores(units, values, values)` makes
-    scores of it. Is this expensive ranking better than LRP-ε, which needs one
-    backward pass? And does the sharpness of a head's attention agree with it?
+    start with. Does LRP-ε, which needs one backward pass, rank the heads as
+    this does? And does the sharpness of a head's attention agree with it? (The
+    shipped `pxp.Ablation()`, which takes the rise of the loss instead, tells
+    whether so expensive a ranking prunes better.)
     """,
     reference=ablation,
     cases=_cases,

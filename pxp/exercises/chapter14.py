@@ -182,7 +182,7 @@ ONE_CLASS = Open(
     words="""
     Each knows its own class about as well as the whole network does, also the
     five that the cut had lost (dress, coat, sneaker, bag and ankle boot, of
-    which it knew at most a fifth). Of the others it knows half, most after
+    which it knew 0.22 at most). Of the others it knows half, most after
     bags (0.72), least after sandals and ankle boots (0.30 and 0.32). Part of
     it is a habit: these two answer with their own class to two thirds of all
     images, where one tenth would be right. The hundred images of all classes
