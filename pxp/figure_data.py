@@ -157,7 +157,7 @@ def _lines(container: Any) -> list[Any]:
 
 def _name(artist: Any) -> str:
     """As in the legend; empty for what is not in it."""
-    label = str(artist.get_label())
+    label = str(artist.get_label() or "")
     return "" if label.startswith("_") else _plain(label)
 
 
@@ -188,7 +188,7 @@ def _name_of(axis: Any, ax: Axes) -> str:
     across = axis is ax.xaxis
     kin = (ax.get_shared_x_axes() if across else ax.get_shared_y_axes()).get_siblings(ax)
     names = [getattr(each, axis.axis_name + "axis").get_label_text() for each in (ax, *kin)]
-    whole: Any = ax.figure.get_figure(root=True)
+    whole: Any = ax.figure
     names.append(whole.get_supxlabel() if across else whole.get_supylabel())
     return _plain(next(filter(None, names), ""))
 
