@@ -68,11 +68,15 @@ class Folded:
 
 
 def tables(figure: Figure) -> list[Table]:
-    """A table for each pair of axes, and for each grid of numbers; nothing of pictures and drawings."""
+    """A table for each pair of axes, and for each grid of numbers; nothing of pictures, drawings and dates."""
+    from matplotlib.dates import DateLocator
+
     found = []
     coloured: list[Any] = [each for ax in figure.axes for each in (*ax.images, *ax.collections)]
     bars = [each.colorbar.ax for each in coloured if each.colorbar is not None]
     for ax in (ax for ax in figure.axes if ax not in bars):
+        if any(isinstance(axis.get_major_locator(), DateLocator) for axis in (ax.xaxis, ax.yaxis)):
+            continue
         title = _plain(ax.get_title())
         found += [Table(title, *grid) for grid in _grids(ax)]
         series = list(_series(ax))
@@ -100,14 +104,15 @@ def _series(ax: Axes) -> Iterator[_Series]:
 
     inside = {line for each in ax.containers if isinstance(each, ErrorbarContainer) for line in _lines(each)}
     for container in ax.containers:
-        if isinstance(container, BarContainer):
+        if isinstance(container, BarContainer) and container.patches:
             boxes = np.array([(b.get_x(), b.get_y(), b.get_width(), b.get_height()) for b in container.patches])
             x, y = boxes[:, 0] + boxes[:, 2] / 2, boxes[:, 3]
             if container.orientation == "horizontal":
                 x, y = boxes[:, 2], boxes[:, 1] + boxes[:, 3] / 2
-            yield _Series(_name(container), x, y, _ends(container.errorbar))
+            yield _Series(_name(container), x, y, _ends(container.errorbar, len(x)))
         elif isinstance(container, ErrorbarContainer) and container.lines[0] is not None:
-            yield _Series(_name(container), *_points(container.lines[0]), _ends(container))
+            x, y = _points(container.lines[0])
+            yield _Series(_name(container), x, y, _ends(container, len(x)))
     for line in ax.lines:
         if line not in inside and line.get_transform() == ax.transData:  # one from edge to edge only guides the eye
             x, y = _points(line)
@@ -123,13 +128,13 @@ def _points(line: Any) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _ends(bars: Any) -> list[tuple[float, ...]]:
-    """Of error bars, where there are any, those of the values."""
-    if bars is None:
+def _ends(bars: Any, number: int) -> list[tuple[float, ...]]:
+    """Of error bars in one direction, if every value has one."""
+    if bars is None or bars.has_xerr == bars.has_yerr:
         return []
-    coordinate = 0 if bars.has_xerr and not bars.has_yerr else 1
-    segments = [np.asarray(each)[:, coordinate] for each in bars.lines[2][0].get_segments()]
-    return [(float(each.min()), float(each.max())) for each in segments]
+    drawn = [np.asarray(each) for each in bars.lines[2][0].get_segments() if len(each)]  # of NaN nothing is drawn
+    segments = [each[:, 0 if bars.has_xerr else 1] for each in drawn]
+    return [(float(each.min()), float(each.max())) for each in segments] if len(segments) == number else []
 
 
 def _band(ax: Axes, line: Any, x: np.ndarray, y: np.ndarray) -> list[tuple[float, ...]]:

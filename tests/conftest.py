@@ -35,6 +35,17 @@ def _seeded():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def figures():
+    """Figures are closed and matplotlib's style is put back."""
+    import matplotlib.pyplot as plt
+
+    style = dict(plt.rcParams)
+    yield
+    plt.close("all")
+    plt.rcParams.update(style)
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Float64, eval mode, random biases and random BatchNorm statistics, gains and biases: a wrong fold then shows."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,13 +9,7 @@ import pytest
 import pxp
 from pxp.figure_data import Folded, tables
 
-
-@pytest.fixture(autouse=True)
-def _clean():
-    style = dict(plt.rcParams)
-    yield
-    plt.close("all")
-    plt.rcParams.update(style)
+pytestmark = pytest.mark.usefixtures("figures")
 
 
 def drawn(draw, **labels):
@@ -158,6 +152,23 @@ def test_intervals_of_bands():
     for column, curve in enumerate((first, second), start=1):
         low, high = (100 * ends[1] for ends in curve.interval())
         assert table.rows[1][column] == f"{100 * curve.accuracy[1]:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def test_error_bars_that_do_not_tell_one_interval_each():
+    both = drawn(lambda ax: ax.errorbar([1, 2], [3, 4], xerr=1, yerr=1, label="a"))
+    none = drawn(lambda ax: ax.errorbar([1, 2], [3, 4], label="a"))
+    some = drawn(lambda ax: ax.errorbar([1, 2], [3, 4], yerr=1, errorevery=2, label="a"))
+    assert both.rows == none.rows == some.rows == [["1", "3"], ["2", "4"]]
+    unknown = drawn(lambda ax: ax.errorbar([1, 2], [3, np.nan], yerr=1, label="a"))
+    assert [row[1][0] for row in unknown.rows] == ["3", "–"]
+
+
+def test_empty_axes_and_dates_have_none():
+    figure, axes = plt.subplots(3)
+    axes[0].bar([], [], label="a")
+    axes[1].plot([], [], label="a")
+    axes[2].plot(np.array(["2024-01-05", "2024-02-05"], dtype="datetime64"), [1, 2], label="a")
+    assert [table.rows for table in tables(figure)] in ([], [[]])
 
 
 def test_bands_of_one_colour_belong_to_their_lines():

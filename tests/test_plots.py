@@ -16,12 +16,7 @@ ONE = pxp.Curve((0.0, 0.5), ((0.9, 0.5),), "LRP")
 THREE = pxp.Curve((0.0, 0.5), ((0.9, 0.4), (0.9, 0.5), (0.9, 0.6)), "Random")
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    style = dict(plt.rcParams)
-    yield
-    plt.close("all")
-    plt.rcParams.update(style)
+pytestmark = pytest.mark.usefixtures("figures")
 
 
 def test_curves():
