@@ -1,7 +1,8 @@
 """Exercises in the chapters are those of ``pxp.exercise``: ``python tests/notebook_exercises.py [FILE ...]``.
 
 A cell whose metadata say ``{"exercise": {"number": "5.2", "part": "text"}}`` gets its source from the package; parts
-are the text, the attempt (a form or a function to write) and the solution. What stands between them is the chapter's.
+are the text, the attempt (a form or a function to write), the solution, and words on what a function shows. What stands
+between them is the chapter's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def parts(exercise: Exercise) -> dict[str, Part]:
     if isinstance(exercise, Code):
         found["attempt"] = ("code", exercise.attempt, ["exercise"])
         found["solution"] = ("code", exercise.written, ["hide-cell", "solution"])
+        if exercise.words:
+            found["words"] = ("markdown", exercise.folded, [])
         return found
     if not isinstance(exercise, Open):
         found["attempt"] = ("code", exercise.attempt, ["remove-input"])

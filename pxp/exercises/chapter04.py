@@ -22,7 +22,7 @@ CONSERVATION = Choice(
             "Relevance starts with the logit, not with one; "
             '`pxp.LRP(start="one")` would begin so.'
         ),
-        "The mean logit of the true class, less what biases keep.": (
+        "The mean logit of the true class; here biases keep a part of it.": (
             "Each layer's bias keeps its share of what arrives, of either "
             "sign: a layer may hold more than the logit."
         ),

@@ -115,6 +115,13 @@ OWN_TRAP = Code(
         "`copy.deepcopy(model)`, then switch single modules.",
         "`module.train(isinstance(module, torch.nn.BatchNorm2d))`.",
     ),
+    words="""
+    Higher: without the pruned filters every BatchNorm gets other means and
+    variances than those it has stored, and the batch's own centre and scale
+    its inputs again. It is no fair measurement, since an image's answer then
+    depends on the others of its batch. [Repair](14_repair.ipynb) makes a
+    method of it.
+    """,
 )
 
 ANOTHER_BLOCK = Open(
@@ -125,7 +132,8 @@ ANOTHER_BLOCK = Open(
     text="""
     Is the last block the only one that the ResNet can miss? Silence each
     residual block whole, alone and in pairs (`pxp.Mask` with the block's
-    filters of `conv2` pruned), and rank the blocks by what their loss costs.
+    filters of `conv2` pruned), and rank the blocks by how much the
+    accuracy falls without them.
     Would LRP-ε that is told of the best pair be better still at 30 %?
     """,
     hints=("`pxp.Mask.all(channels)` is the mask to start with.",),

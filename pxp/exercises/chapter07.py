@@ -40,8 +40,8 @@ CONSTANT = Choice(
     ),
     words="""
     The weights $s$ and the output stay, since a softmax ignores a common
-    shift, and so does all of CP-LRP. AttnLRP's relevances change: $R_i = x_i
-    (R_i - s_i \\sum_j R_j)$ grows by the bracket, that is by $(0.3, -0.6,
+    shift, and so does all of CP-LRP. AttnLRP's relevances change: $R^x_i = x_i
+    (R^s_i - s_i \\sum_j R^s_j)$ grows by the bracket, that is by $(0.3, -0.6,
     0.3)$. The brackets sum to zero, because $\\sum_i s_i = 1$, so the sum over
     the logits stays −0.12. For three equal logits $x_i = c$ the sum is $c
     \\cdot 0 = 0$: all the relevance of the weights ends in the constant of the

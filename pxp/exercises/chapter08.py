@@ -199,6 +199,12 @@ ASK = Code(
         "Two loops: over layers, and over a layer's heads.",
         "`with pxp.masked(model, pxp.Mask(units, kept)): …`",
     ),
+    words="""
+    On this draw relevance agrees with single removals better (0.79) than
+    sharpness does (0.53), without an interval. And the expensive ranking
+    prunes worse: what one head does alone is not what it does when others are
+    gone.
+    """,
 )
 
 AFTER_EVERY_CUT = Open(

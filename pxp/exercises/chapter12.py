@@ -11,11 +11,12 @@ CURSE = Number(
     stars=1,
     text="""
     All composites of a space are equally good, and `n` tuning images give each
-    value a standard error of 0.02. You try 64 independent ones. Roughly how
-    much too high is the winner's tuning value? Does it help to try 256?
+    value a standard error of 0.02. You try 64 independent ones. How much too
+    high is the winner's tuning value, to the nearest hundredth? Does it help
+    to try 256?
     """,
-    answer=0.047,
-    step=0.002,
+    answer=0.048,
+    step=0.004,
     why="The largest of 64 normal draws lies 2.3 or 2.4 deviations up.",
     mistakes={
         0.058: "That is √(2 ln 64) errors, a bound that is a fifth too high.",
@@ -36,7 +37,7 @@ CURSE = Number(
         "`np.random.default_rng(0).normal(size=(10000, 64)).max(1).mean()`.",
     ),
     words="""
-    The largest of 64 normal draws lies about 2.4 standard deviations above the
+    The largest of 64 normal draws lies about 2.3 standard deviations above the
     mean, so the promise is about 0.05 too high, of which nothing is kept. With
     256 it is about 2.8, so it gets worse, slowly. Real composites are
     correlated (they classify the same images), which is why the figure above

@@ -99,6 +99,7 @@ class Exercise:
     _told: int = field(default=0, init=False)
 
     kind = "open"
+    summary = "Solution"
 
     def check(self, answer: Any) -> Verdict:
         """Whether an answer is right; your own objects stay as they are."""
@@ -139,7 +140,7 @@ class Exercise:
     def folded(self) -> str:
         """The solution in words, as it is in the chapter."""
         return (
-            "<details><summary>Solution</summary>\n\n"
+            f"<details><summary>{self.summary}</summary>\n\n"
             f"{paragraphs(self.words)}\n\n</details>"
         )
 
@@ -277,6 +278,8 @@ class Code(Exercise):
         Makes the arguments of every call that the check tries.
     mistakes : mapping of str to callable
         What to say → a function that makes this mistake.
+    words : str
+        What the function shows once it is written, if the text asks.
     """
 
     reference: Callable[..., Any]
@@ -284,6 +287,7 @@ class Code(Exercise):
     mistakes: Mapping[str, Callable[..., Any]]
 
     kind = "code"
+    summary = "What it shows"
 
     def _check(self, answer: Any) -> Verdict:
         name = self.reference.__name__
