@@ -2,7 +2,7 @@
 
 # The tiers of tests: .ci/run runs `make test`, a weekly workflow all of them. Budgets are for 2 cores, after the install:
 # 20 minutes for `make test`, which needs no network then; 45 for each of the others.
-TIERS := test zoo mutants oldest colab-resolve links
+TIERS := test zoo mutants browser oldest colab-resolve links
 
 PYTHON ?= python3
 # for the tiers of these names: the oldest supported Python, and Colab's
@@ -36,6 +36,7 @@ help:
 	@echo "The tiers of tests besides make test:"
 	@echo "make zoo            find, explain, mask and compact 104 networks (WRITE=1: store it, write the page of the book)"
 	@echo "make mutants        apply one-line faults to the package, one at a time: tests must fail each time"
+	@echo "make browser        every page of the built book in headless Chromium: console, width, weight, accessibility"
 	@echo "make oldest         unit tests, the longest too, on the oldest versions that requirements.txt allows"
 	@echo "make colab-resolve  what an install would change in Colab: nothing (needs a package index)"
 	@echo "make links          look up every link of the book (needs the network)"
@@ -76,6 +77,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/notebook_lint.py
+	$(BIN)/oxlint -c .oxlintrc.json pxp/widgets tests/widgets
 	$(BIN)/mypy
 
 unit: .venv/.installed
@@ -87,8 +89,11 @@ zoo: .venv/.installed
 mutants: .venv/.installed
 	cd tests && ../$(BIN)/python -m mutants.run
 
+browser: book
+	$(BIN)/python -m pytest -q -n 2 -m browser tests/browser
+
 oldest: .venv-oldest/.installed
-	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 -m "" tests
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -q -n 2 -m "not browser" tests
 
 colab-resolve:
 	$(COLAB_PYTHON) tests/versions.py colab

@@ -22,25 +22,47 @@ def read(text: str) -> NotebookNode:
 
 
 def separated(cell: NotebookNode) -> list[NotebookNode]:
-    """The cell, and behind it what it shows beside its figure, if any."""
+    """The cell, and what it shows beside its figure in cells of their own.
+
+    What comes after the figure comes behind it. What comes before it keeps the
+    code: an explorer, whose still the figure is.
+    """
     if "figure" not in cell.metadata.get("mystnb", {}):
         return [cell]
-    beside = [
-        output
-        for output in cell.outputs
-        if "data" in output and "image/png" not in output.data
-    ]
-    if not beside:
+    shown = [each for each in cell.outputs if "data" in each]
+    figures = ["image/png" in each.data for each in shown]
+    if all(figures):
         return [cell]
-    cell.outputs = [each for each in cell.outputs if each not in beside]
-    tags = set(cell.metadata.get("tags", [])) - {"hide-input", "hide-output"}
-    behind = new_code_cell(
-        "# shown beside a figure",  # a cell without code would be skipped
-        outputs=beside,
-        metadata={"tags": sorted({*tags, "remove-input"})},
+    first = shown.index(shown[figures.index(True)])
+    before, behind = shown[:first], shown[first:]
+    behind = [each for each in behind if "image/png" not in each.data]
+    cell.outputs = [e for e in cell.outputs if e not in (*before, *behind)]
+    parts = [cell, _alone(cell, behind)] if behind else [cell]
+    if before:
+        source, cell.source = cell.source, "# the still of an explorer"
+        tags = cell.metadata.get("tags", [])
+        parts.insert(0, _alone(cell, before, source, tags))
+        cell.metadata["tags"] = sorted({*tags, "remove-input"})
+    return parts
+
+
+def _alone(
+    cell: NotebookNode,
+    outputs: list[NotebookNode],
+    source: str = "# shown beside a figure",  # without code it would be skipped
+    tags: list[str] | None = None,
+) -> NotebookNode:
+    """A cell that shows outputs of another one."""
+    if tags is None:
+        kept = set(cell.metadata.get("tags", []))
+        kept -= {"hide-input", "hide-output"}
+        tags = sorted({*kept, "remove-input"})
+    return new_code_cell(
+        source,
+        outputs=outputs,
+        metadata={"tags": tags},
         execution_count=cell.execution_count,
     )
-    return [cell, behind]
 
 
 def setup(_: Any) -> dict[str, bool]:

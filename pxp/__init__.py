@@ -4,7 +4,7 @@ The names below follow the data flow: model and reference images â†’ attribute â
 Rules and criteria are values: ``eval(repr(x)) == x`` after ``from pxp import *``.
 """
 
-from . import plots
+from . import plots, widgets
 from .ablation import Ablation
 from .attribute import attribute, attribute_draws, heatmap
 from .bars import progress
@@ -110,6 +110,7 @@ __all__ = [
     "sensitivity",
     "tune",
     "tuned_curve",
+    "widgets",
     "winner",
     "within_budget",
 ]

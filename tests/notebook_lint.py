@@ -258,7 +258,7 @@ def check_legible(notebook: NotebookNode) -> Iterator[str]:
             width = width_of(output.get("data", {}).get("image/png", ""))
             if width > MAX_WIDTH:
                 yield f"cell {number}: figure of {width} pixels across, at most {MAX_WIDTH}"
-        if has_image(cell) and "pxp.plots.show()" not in cell.source:
+        if has_image(cell) and not re.search(r"pxp\.plots\.show\(\)|^pxp\.widgets\.", cell.source, re.MULTILINE):
             yield f"cell {number}: a figure without its numbers; show it with pxp.plots.show()"
 
 
@@ -343,12 +343,15 @@ def check_markdown(notebook: NotebookNode) -> Iterator[str]:
             yield f"cell {number}: {match.group()!r} stands where a text should"
 
 
-def check_page(notebook: NotebookNode) -> Iterator[str]:
+def check_title(notebook: NotebookNode) -> Iterator[str]:
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     titles = [line for source in cells for line in headings(source) if line.startswith("# ")]
     if len(titles) != 1 or not cells[0].startswith("# "):
         yield f"a page starts with its one title; found {len(titles)}"
-    text = "\n\n".join(cells)
+
+
+def check_parts(notebook: NotebookNode) -> Iterator[str]:
+    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for part in PARTS:
         if part not in text:
             yield f"the page has no part {part!r}"
@@ -427,27 +430,39 @@ CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
     check_imports,
     check_paths,
     check_markdown,
-    check_page,
+    check_title,
     check_folded,
     check_live,
+)
+# of a page with goals and exercises
+CHAPTER_CHECKS: tuple[Callable[[NotebookNode], Iterator[str]], ...] = (
+    check_parts,
     check_exercises,
     notebook_exercises.problems,
 )
 
 
-def lint(notebook: NotebookNode) -> list[str]:
+def lint(notebook: NotebookNode, chapter: bool = True) -> list[str]:
     """All problems of one notebook."""
-    return [message for check in CHECKS for message in check(notebook)]
+    checks = CHECKS + CHAPTER_CHECKS * chapter
+    return [message for check in checks for message in check(notebook)]
+
+
+def is_chapter(path: Path) -> bool:
+    """A chapter has a number; another page has neither goals nor exercises."""
+    return path.stem[:2].isdigit()
 
 
 def chapters() -> list[Path]:
-    """The chapters of the book: what lies directly in ``notebooks/``."""
+    """The notebooks of the book: what lies directly in ``notebooks/``."""
     return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 def main(arguments: list[str]) -> int:
     paths = [Path(argument) for argument in arguments] or chapters()
-    problems = [f"{path}: {message}" for path in paths for message in lint(nbformat.read(path, as_version=4))]
+    problems = [
+        f"{path}: {message}" for path in paths for message in lint(nbformat.read(path, as_version=4), is_chapter(path))
+    ]
     print("\n".join(problems) if problems else f"notebook lint: {len(paths)} notebooks, no problem")
     if not paths:
         print("no notebook found")

@@ -122,7 +122,11 @@ def test_only_the_table_names_layers_of_torch_and_timm():
     found = {name_of(path): path.read_text(encoding="utf8") for path in MODULES}
     assert layer_classes(found.pop("pxp.network.layers")) > {"Conv2d", "GELU", "LayerNorm"}
     # networks are made of layers
-    found = {n: text for n, text in found.items() if n != "pxp.models" and not n.startswith("pxp.exercises.")}
+    found = {
+        n: text
+        for n, text in found.items()
+        if n != "pxp.models" and not n.startswith(("pxp.exercises.", "pxp.widgets."))
+    }
     assert {name: layer_classes(source) for name, source in found.items() if layer_classes(source)} == {}
     # what attentions look like is a table of its own
     classes = [n for n, text in found.items() if re.search(r"\btimm\.(layers|models)\.\w*\.?[A-Z]", text)]

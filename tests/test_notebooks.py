@@ -25,13 +25,14 @@ import pxp
 from pxp.data import IMAGENETTE_CLASSES, ImageData, Photographs
 
 CHAPTERS = notebook_lint.chapters()
+ALL_CHECKS = notebook_lint.CHECKS + notebook_lint.CHAPTER_CHECKS
 FIGURE = {"mystnb": {"image": {"alt": "A line."}, "figure": {"caption": "It rises.", "name": "fig-test-line"}}}
 PNG = "iVBORw0KGgo="
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_is_clean(path):
-    assert notebook_lint.lint(nbformat.read(path, as_version=4)) == []
+    assert notebook_lint.lint(nbformat.read(path, as_version=4), notebook_lint.is_chapter(path)) == []
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -265,8 +266,8 @@ def test_every_check_can_fail():
     for damage, _ in BROKEN.values():
         notebook = good_notebook()
         damage(notebook)
-        failing |= {check for check in notebook_lint.CHECKS if list(check(notebook))}
-    assert failing == set(notebook_lint.CHECKS)
+        failing |= {check for check in ALL_CHECKS if list(check(notebook))}
+    assert failing == set(ALL_CHECKS)
 
 
 def test_lines_up_to_the_limit_pass():
