@@ -3,7 +3,8 @@
 The theme brings 1,400 icons twice, as fonts and as a script of 1.5 MB, of which
 a page shows about twenty. The fonts keep those; the script, which only draws
 them once more, is emptied. MathJax stays on pages with formulas. Pictures of
-noise, as heatmaps of photographs are, become WebP.
+noise, as heatmaps of photographs are, become WebP. And the bibliography loses a
+role, that of a list, whose members are none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from PIL import Image
 
 HEAVY = 150_000  # bytes of a picture
 QUALITY = 85
+FALSE_LIST = '<div role="list" class="citation-list">'
 FONTS = "vendor/fontawesome/webfonts"
 # `.fa-rocket:before{content:"\f135"}`, and several names with one icon
 ICON = re.compile(r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\([0-9a-f]{2,4})"\}')
@@ -31,6 +33,7 @@ def lighten(app: Any, failed: Exception | None) -> None:
         static = Path(app.outdir, "_static")
         pages = list(Path(app.outdir).rglob("*.html"))
         without_idle_mathjax(pages)
+        without_false_lists(pages)
         with_few_icons(static, pages)
         with_light_pictures(Path(app.outdir, "_images"), pages)
 
@@ -40,6 +43,15 @@ def without_idle_mathjax(pages: list[Path]) -> None:
         text = page.read_text(encoding="utf8")
         if 'class="math' not in text and MATHJAX.search(text):
             page.write_text(MATHJAX.sub("", text), encoding="utf8")
+
+
+def without_false_lists(pages: list[Path]) -> None:
+    """Docutils calls citations a list; each is an entry, which has its role."""
+    for page in pages:
+        text = page.read_text(encoding="utf8")
+        if FALSE_LIST in text:
+            plain = text.replace(FALSE_LIST, '<div class="citation-list">')
+            page.write_text(plain, encoding="utf8")
 
 
 def with_few_icons(static: Path, pages: list[Path]) -> None:

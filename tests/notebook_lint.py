@@ -41,6 +41,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "IPython": "ipywidgets",
     "sqlalchemy": "optuna",
+    "traitlets": "ipywidgets",
     "PIL": "matplotlib",
     "mpl_toolkits": "matplotlib",
     "cycler": "matplotlib",

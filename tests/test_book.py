@@ -8,9 +8,11 @@ from pathlib import Path
 
 import book_check
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 import pxp
 
@@ -70,6 +72,61 @@ def test_what_is_shown_beside_a_figure_is_no_figure(monkeypatch):
     assert first.outputs == [picture, printed] and first.metadata == figure and first.source == "1"
     assert behind.outputs == [table] and behind.metadata == {"tags": ["remove-input", "report"]}
     assert [cell.source for cell in rest] == ["2", "3"] and [len(cell.outputs) for cell in rest] == [2, 1]
+
+
+def test_what_an_explorer_shows_keeps_the_code_and_its_still_stands_behind(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book")
+    read = importlib.import_module("notebook_reader").read
+    frame = new_output("display_data", {"text/html": "<iframe>", "text/plain": "an explorer"})
+    picture = new_output("display_data", {"image/png": "", "text/plain": "<Figure>"})
+    table = new_output("display_data", {"text/html": "<table>", "text/plain": "numbers"})
+    figure = {"mystnb": {"figure": {"name": "fig-a"}}, "tags": ["hide-input"]}
+    cell = new_code_cell("explorer()", outputs=[frame, picture, table], metadata=figure)
+    before, still, behind = read(nbformat.writes(new_notebook(cells=[cell]))).cells
+    assert before.source == "explorer()" and before.outputs == [frame] and before.metadata == {"tags": ["hide-input"]}
+    assert still.outputs == [picture] and "remove-input" in still.metadata["tags"] and "mystnb" in still.metadata
+    assert behind.outputs == [table] and behind.metadata == {"tags": ["remove-input"]}
+
+
+@pytest.fixture
+def lighten(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book")
+    return importlib.import_module("lighten")
+
+
+def test_a_page_keeps_mathjax_only_for_formulas(lighten, tmp_path):
+    script = '<script defer="defer" src="../_static/mathjax/tex.js?v=1"></script>\n'
+    idle, busy = tmp_path / "a.html", tmp_path / "b.html"
+    idle.write_text(f"<head>{script}</head>text")
+    busy.write_text(f'<head>{script}</head><span class="math notranslate">x</span>{lighten.FALSE_LIST}')
+    lighten.without_idle_mathjax([idle, busy])
+    lighten.without_false_lists([idle, busy])
+    assert idle.read_text() == "<head></head>text"
+    assert script in busy.read_text() and 'role="list"' not in busy.read_text()
+
+
+def test_icons_that_a_page_names_stay(lighten, tmp_path):
+    sheet = '.fa-star:before{content:"\\f005"}.fa-gear:before,.fa-cog:before{content:"\\f013"}a{--pst-icon-x:"\\uf00d"}'
+    page = tmp_path / "a.html"
+    page.write_text('<i class="fa-solid fa-cog"></i>')
+    assert lighten.used([sheet], [page]) == {0xF013, 0xF00D}
+    theme = Path(importlib.import_module("pydata_sphinx_theme").__file__).parent
+    (font,) = theme.rglob("static/vendor/fontawesome/webfonts/fa-solid-900.woff2")
+    small = tmp_path / "small.woff2"
+    lighten.keep_icons(font, {0xF013, 0xF00D}, small)
+    kept = importlib.import_module("fontTools.ttLib").TTFont(small).getBestCmap()
+    assert set(kept) == {0xF013, 0xF00D} and small.stat().st_size < font.stat().st_size / 50
+
+
+def test_pictures_of_noise_become_webp(lighten, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.fromarray(noise[:9, :9]).save(tmp_path / "small.png")
+    page = tmp_path / "a.html"
+    page.write_text("<img src='_images/noise.png'><img src='_images/small.png'>")
+    lighten.with_light_pictures(tmp_path, [page])
+    assert page.read_text() == "<img src='_images/noise.webp'><img src='_images/small.png'>"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.html", "noise.webp", "small.png"}
 
 
 def site(folder: Path, body: str) -> list[str]:

@@ -201,9 +201,10 @@ ASK = Code(
     ),
     words="""
     On this draw relevance agrees with single removals better (0.79) than
-    sharpness does (0.53), without an interval. And the expensive ranking
-    prunes worse: what one head does alone is not what it does when others are
-    gone.
+    sharpness does (0.53), without an interval. The shipped ranking by single
+    removals, by the rise of the loss, prunes worse; the one by the logit was
+    not pruned with. One reading, not tested: what a head does alone is not
+    what it does when others are gone.
     """,
 )
 

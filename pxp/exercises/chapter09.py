@@ -104,7 +104,7 @@ MINIMUM = Code(
     hints=("`select` has an argument for it.", "`min_keep`."),
     words="""
     Over these rates the guard costs about two hundredths (interval 0.6 to
-    3.0), nearly all of it at 90 %: what it spares in the empty blocks is taken
+    3.0), all of it at 90 %: what it spares in the empty blocks is taken
     from the first one, which does most of the work.
     """,
 )

@@ -104,9 +104,9 @@ function stepwise(model, el, show) {
 }
 
 const BLUE = [0, 114, 178];
-const RED = [213, 94, 0];
+const ORANGE = [213, 94, 0];
 
-/** An image or a heatmap on a canvas: grey, or blue where relevance is negative and red where it is positive. */
+/** An image or a heatmap on a canvas: grey, or blue where relevance is negative, orange where it is positive. */
 function painted(canvas, values, side, heat) {
   canvas.width = canvas.height = side;
   const context = canvas.getContext("2d");
@@ -114,7 +114,7 @@ function painted(canvas, values, side, heat) {
   const most = heat ? Math.max(...values.map(Math.abs)) || 1 : 1;
   values.forEach((value, k) => {
     const [r, g, b] = heat
-      ? (value < 0 ? BLUE : RED).map((c) => 255 - (255 - c) * Math.sqrt(Math.abs(value) / most))
+      ? (value < 0 ? BLUE : ORANGE).map((c) => 255 - (255 - c) * Math.sqrt(Math.abs(value) / most))
       : [255 * value, 255 * value, 255 * value];
     picture.data.set([r, g, b, 255], 4 * k);
   });
@@ -177,11 +177,11 @@ function render({ model, el }) {
     painted(heat, answer.heat, data.side, true);
     const said = classes[answer.target];
     image.setAttribute("aria-label", asked.pixels ? "Your drawing" : `Image of class ${classes[data.labels[asked.image]]}`);
-    heat.setAttribute("aria-label", `Relevance of its pixels for ${said}, red for and blue against`);
+    heat.setAttribute("aria-label", `Relevance of its pixels for ${said}, orange for and blue against`);
     const sum = answer.heat.reduce((a, b) => a + b, 0);
     legend.textContent =
       `The network says ${said} (logit ${number(answer.logits[answer.target])}). ` +
-      `Red speaks for it, blue against; the pixels' relevance sums to ${number(sum)}.`;
+      `Orange speaks for it, blue against; the pixels' relevance sums to ${number(sum)}.`;
     const line = stored(data, asked);
     const lines = line ? [{ name: "2,000 images, stored", x: line.rates, ...line }] : [];
     const on = line?.rates.indexOf(rate) ?? -1;
