@@ -4,7 +4,8 @@ The theme brings 1,400 icons twice, as fonts and as a script of 1.5 MB, of which
 a page shows about twenty. The fonts keep those; the script, which only draws
 them once more, is emptied. MathJax stays on pages with formulas. Pictures of
 noise, as heatmaps of photographs are, become WebP. And the bibliography loses a
-role, that of a list, whose members are none.
+role, that of a list, whose members are none, and what the search quotes of a
+page its table of contents.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from PIL import Image
 
 HEAVY = 150_000  # bytes of a picture
 QUALITY = 85
+LEFT_OUT = '[".headerlink", "script", "style"]'
+QUOTED = '[".headerlink", "script", "style", "noscript", "#jb-print-docs-body"]'
 FALSE_LIST = '<div role="list" class="citation-list">'
 FONTS = "vendor/fontawesome/webfonts"
 # `.fa-rocket:before{content:"\f135"}`, and several names with one icon
@@ -35,6 +38,7 @@ def lighten(app: Any, failed: Exception | None) -> None:
         without_idle_mathjax(pages)
         without_false_lists(pages)
         with_few_icons(static, pages)
+        with_clean_excerpts(static / "searchtools.js")
         with_light_pictures(Path(app.outdir, "_images"), pages)
 
 
@@ -52,6 +56,16 @@ def without_false_lists(pages: list[Path]) -> None:
         if FALSE_LIST in text:
             plain = text.replace(FALSE_LIST, '<div class="citation-list">')
             page.write_text(plain, encoding="utf8")
+
+
+def with_clean_excerpts(script: Path) -> None:
+    """The theme puts a table of contents for print into the text."""
+    text = script.read_text(encoding="utf8")
+    if LEFT_OUT not in text and QUOTED not in text:
+        raise ValueError(
+            f"{script} does not leave out {LEFT_OUT}; see lighten.py"
+        )
+    script.write_text(text.replace(LEFT_OUT, QUOTED), encoding="utf8")
 
 
 def with_few_icons(static: Path, pages: list[Path]) -> None:

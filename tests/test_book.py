@@ -105,6 +105,17 @@ def test_a_page_keeps_mathjax_only_for_formulas(lighten, tmp_path):
     assert script in busy.read_text() and 'role="list"' not in busy.read_text()
 
 
+def test_excerpts_leave_out_the_contents(lighten, tmp_path):
+    script = tmp_path / "searchtools.js"
+    script.write_text(f"for (const query of {lighten.LEFT_OUT}) {{}}")
+    lighten.with_clean_excerpts(script)
+    lighten.with_clean_excerpts(script)  # what is clean stays so
+    assert script.read_text().count("#jb-print-docs-body") == 1
+    script.write_text("another search")
+    with pytest.raises(ValueError, match="does not leave out"):
+        lighten.with_clean_excerpts(script)
+
+
 def test_icons_that_a_page_names_stay(lighten, tmp_path):
     sheet = '.fa-star:before{content:"\\f005"}.fa-gear:before,.fa-cog:before{content:"\\f013"}a{--pst-icon-x:"\\uf00d"}'
     page = tmp_path / "a.html"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote
 
 import book_check
@@ -76,3 +79,32 @@ def test_axe_finds_nothing_grave(settled, name, theme):
         f"{each['id']} ({each['impact']}): {len(each['nodes'])} × {each['nodes'][0]['html'][:160]}" for each in found
     ]
     assert told == []
+
+
+def test_what_is_folded_is_printed(settled):
+    page = settled("notebooks/02_lrp_foundations")
+    shut = "document.querySelectorAll('article details:not([open])').length"
+    assert page.evaluate(shut) > 5
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(shut) == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(shut) > 5
+
+
+def test_a_search_quotes_the_text(chromium):
+    """Over a server, as a reader has it: what a result quotes is no table of contents."""
+    handler = partial(QuietHandler, directory=str(SITE))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        page = chromium.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/search.html?q=conservation")
+        page.wait_for_selector("#search-results li p.context")
+        quoted = page.eval_on_selector_all("#search-results p.context", "all => all.map((p) => p.textContent)")
+        page.close()
+        server.shutdown()
+    assert len(quoted) > 3 and not any(text.strip("\n .").startswith("Contents") for text in quoted)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
