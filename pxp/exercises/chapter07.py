@@ -129,6 +129,12 @@ PAINT = Code(
         "`F.unfold(images, side, stride=side)` gives the patches as columns.",
         "`scatter` marks `order[:, :gone]`; `F.fold` puts the columns back.",
     ),
+    words="""
+    Painted black, integrated gradients of 50 steps win, and brightest first is
+    no longer worse than chance: the test rewards an order for removing ink,
+    because black is both the baseline of the path and the paint. Which map is
+    best depends on what *gone* means.
+    """,
 )
 
 POSITION = Open(

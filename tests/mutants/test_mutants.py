@@ -11,7 +11,9 @@ from .run import PACKAGE, is_killed, with_fault
 def test_every_fault_is_of_a_line_that_is_there():
     assert len(FAULTS) >= 40 and len({fault.name for fault in FAULTS}) == len(FAULTS)
     for fault in FAULTS:
-        compile(with_fault(fault, PACKAGE), fault.module, "exec")
+        text = with_fault(fault, PACKAGE)
+        if fault.module.endswith(".py"):
+            compile(text, fault.module, "exec")
 
 
 QUICK = [fault for fault in FAULTS if " -k " in fault.tests]

@@ -1,7 +1,8 @@
-// Answers of an explorer's module: `node compute.mjs <name>` reads { data, states }, writes a list of answers.
+// Answers of an explorer's module: `node compute.mjs <name> <folder>` reads { data, states }, writes a list of answers.
 import { readFileSync } from "node:fs";
+import { pathToFileURL } from "node:url";
 
-const module = await import(new URL(`../../pxp/widgets/${process.argv[2]}.js`, import.meta.url));
+const module = await import(pathToFileURL(`${process.argv[3]}/${process.argv[2]}.js`));
 const { data, states } = JSON.parse(readFileSync(0, "utf8"));
 const answers = states.map((state) => {
   try {

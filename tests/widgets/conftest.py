@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+import pxp
+
 HERE = Path(__file__).resolve().parent
+WIDGETS = Path(pxp.__file__).resolve().parent / "widgets"
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +30,7 @@ def computed(node) -> Callable[[str, Any, list[dict]], list[dict]]:
     def run(name: str, data: Any, states: list[dict], script: str = "compute.mjs") -> list[dict]:
         given = json.dumps({"data": data, "states": states})
         found = subprocess.run(
-            [node, HERE / script, name],
+            [node, HERE / script, name, WIDGETS],
             input=given,
             capture_output=True,
             text=True,

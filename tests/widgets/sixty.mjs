@@ -1,9 +1,9 @@
 // Logits and both heatmaps of every image in the page, for one network: reads { data, states }, writes a list.
 import { readFileSync } from "node:fs";
+import { pathToFileURL } from "node:url";
 
-const widgets = new URL("../../pxp/widgets/", import.meta.url);
-const { opened, settled } = await import(new URL("prune.js", widgets));
-const { forward, heatmap } = await import(new URL("vgg.js", widgets));
+const { opened, settled } = await import(pathToFileURL(`${process.argv[3]}/prune.js`));
+const { forward, heatmap } = await import(pathToFileURL(`${process.argv[3]}/vgg.js`));
 const { data, states } = JSON.parse(readFileSync(0, "utf8"));
 const all = opened(data);
 const found = states.map((state) => {
