@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import numpy as np
 import pytest
 import torch
+from outside import chromium, computed, node, opened  # noqa: F401  # fixtures
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
