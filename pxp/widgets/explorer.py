@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .. import plots
 from . import page
 
@@ -92,6 +94,22 @@ class Explorer:
                 self.answer = answer(change["new"])
 
         return Live()
+
+
+def grey(images: Tensor) -> Tensor:
+    """Images as they stand in a page: square, grey, 8 bits; (images, 1, side, side) float32 in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Another shape, or values outside [0, 1].
+    """
+    if images.ndim != 4 or images.shape[1] != 1 or images.shape[2] != images.shape[3] or not len(images):
+        raise ValueError(f"images must have shape (images, 1, side, side), got {tuple(images.shape)}")
+    low, high = float(images.min()), float(images.max())
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"images must lie in [0, 1], got values from {low:g} to {high:g}")
+    return images.cpu().float().mul(255).round() / 255
 
 
 def rounded(values: Any, digits: int = 4) -> Any:

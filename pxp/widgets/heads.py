@@ -20,7 +20,7 @@ from ..models import load_model
 from ..network.attention import Attention
 from ..network.components import Components, find_components
 from ..network.replica import replica
-from .explorer import Explorer, rounded
+from .explorer import Explorer, grey, rounded
 
 MOST = 2  # heads that can be away at a time where no kernel computes
 SHOWN = (0, 3, 5, 7, 8)  # classes of the images in the page
@@ -46,18 +46,18 @@ def head_explorer(model: nn.Module | None = None, images: Data | None = None) ->
     Raises
     ------
     ValueError
-        As :func:`pxp.find_components`; images that are not grey and square.
+        As :func:`pxp.find_components`; images that are not grey, square and in [0, 1]; blocks of different numbers of
+        heads; tokens other than a class token and square patches.
     """
     given = model is not None or images is not None
     model = load_model("vit") if model is None else model
     images = images_shown() if images is None else images
-    shown, labels = whole(images)
-    if shown.ndim != 4 or shown.shape[1] != 1 or shown.shape[2] != shown.shape[3]:
-        raise ValueError(f"images must have shape (images, 1, side, side), got {tuple(shown.shape)}")
+    given_images, labels = whole(images)
+    shown = grey(given_images).to(next(model.parameters()))
     units = find_components(model, "head", example=shown[:1])
     network: nn.Module = model
     data = measured(model, shown, labels, units) if given else json.loads(FILE.read_text(encoding="utf8"))
-    pixels = _pixels(data)
+    pixels = _pixels(data).to(next(model.parameters()))
 
     def answer(state: dict[str, Any]) -> dict[str, Any]:
         """What ``compute`` of heads.js gives, for any number of heads."""
@@ -96,7 +96,10 @@ def without(units: Components, gone: list[int]) -> Mask:
 
 def measured(model: nn.Module, images: Tensor, labels: Tensor, units: Components) -> dict[str, Any]:
     """All that the page shows: attention and relevance of every head, and the logits without one or two."""
-    (heads,) = {layer.size for layer in units.values()}
+    sizes = {layer.size for layer in units.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"every block must have as many heads as the others, got {sorted(sizes)}")
+    (heads,) = sizes
     with torch.no_grad():
         whole = model(images)
         sets: list[list[int]] = [
@@ -116,6 +119,10 @@ def measured(model: nn.Module, images: Tensor, labels: Tensor, units: Components
     ]
     attention = _attention(model, images)
     side = round(attention.shape[-1] ** 0.5)
+    if side**2 != attention.shape[-1] or images.shape[-1] % side:
+        raise ValueError(
+            f"the tokens must be one class token and square patches, got {attention.shape[-1]} tokens beside the first"
+        )
     classes = load_dataset().classes if whole.shape[1] == 10 else [str(number) for number in range(whole.shape[1])]
     return {
         "start": {"image": 0, "gone": []},

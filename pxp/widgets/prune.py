@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..attribute import attribute, heatmap
 from ..batches import Data, whole
@@ -21,7 +23,7 @@ from ..masks import Mask, masked
 from ..models import VGG, load_model
 from ..network.components import Components, find_components
 from ..repair import repair
-from .explorer import Explorer, rounded
+from .explorer import Explorer, grey, rounded
 
 RATES = tuple(step / 20 for step in range(20))
 CRITERIA: dict[str, Criterion] = {
@@ -59,7 +61,7 @@ def prune_explorer(model: nn.Module | None = None, refs: Data | None = None, ima
     Raises
     ------
     ValueError
-        Images that are not grey and square.
+        Images that are not grey, square and in [0, 1].
     """
     shipped = model is None and refs is None
     classes: tuple[str, ...] = ()
@@ -70,10 +72,10 @@ def prune_explorer(model: nn.Module | None = None, refs: Data | None = None, ima
         classes = data.classes
         refs = reference_samples(data.reference, 10) if refs is None else refs
         images = reference_samples(data.eval, PER_CLASS) if images is None else images
-    shown, labels = whole(images)
-    if shown.ndim != 4 or shown.shape[1] != 1 or shown.shape[2] != shown.shape[3]:
-        raise ValueError(f"images must have shape (images, 1, side, side), got {tuple(shown.shape)}")
-    units = find_components(model, "filter", example=shown[:1])
+    given, labels = whole(images)
+    shown = grey(given)
+    seen = shown.to(next(model.parameters()))
+    units = find_components(model, "filter", example=seen[:1])
     masks = json.loads(MASKS.read_text(encoding="utf8")) if shipped else ranked(model, refs, units)
     start: dict[str, Any] = {
         "criterion": "LRP-epsilon",
@@ -97,12 +99,11 @@ def prune_explorer(model: nn.Module | None = None, refs: Data | None = None, ima
         "masks": masks,
         "curves": _curves() if shipped else {},
     }
-    alone = isinstance(model, VGG)
-    if isinstance(model, VGG):
+    alone = isinstance(model, VGG) and _is_computed_in_the_page(model, shown)
+    if isinstance(model, VGG) and alone:
         held |= {"layout": layout(model), "weights": _text(_halves(model))}
     network: nn.Module = model
     height, width = shown.shape[2:]
-    seen = torch.from_numpy(_bytes(shown)).float()[:, None] / 255
 
     def answer(state: dict[str, Any]) -> dict[str, Any]:
         """What ``compute`` of prune.js gives, by the package's own verbs."""
@@ -110,7 +111,7 @@ def prune_explorer(model: nn.Module | None = None, refs: Data | None = None, ima
         mask = unpacked(masks[state["criterion"]][kind][state["scope"]], units)[state["step"]]
         small = repair(network, mask, seen, "statistics", progress=False) if state["repair"] else None
         pixels = state.get("pixels")
-        image = seen[state["image"]] if pixels is None else torch.tensor(pixels).view(1, height, width)
+        image = seen[state["image"]] if pixels is None else torch.tensor(pixels).to(seen).view(1, height, width)
         if small is not None:
             found = _looked(small, image[None], state["rule"], seen, labels)
         else:
@@ -127,7 +128,7 @@ def prune_explorer(model: nn.Module | None = None, refs: Data | None = None, ima
         found = answer(start)
         heat = np.array(found["heat"]).reshape(height, width)
         most = abs(heat).max()
-        axes["image"].imshow(seen[start["image"], 0].numpy(), cmap="gray", vmin=0, vmax=1)
+        axes["image"].imshow(shown[start["image"], 0].numpy(), cmap="gray", vmin=0, vmax=1)
         axes["heat"].imshow(heat, cmap="RdBu_r", vmin=-most, vmax=most)
         axes["image"].set_title(f"{RATES[start['step']]:.0%} of the filters pruned")
         axes["heat"].set_title(f"relevance for {held['classes'][found['target']]}")
@@ -143,7 +144,7 @@ def prune_explorer(model: nn.Module | None = None, refs: Data | None = None, ima
 def _looked(model: nn.Module, image: Tensor, rule: str, images: Tensor, labels: Tensor) -> dict[str, Any]:
     with torch.no_grad():
         logits = model(image)[0]
-        right = int((model(images).argmax(1) == labels).sum())
+        right = int((model(images).argmax(1).cpu() == labels).sum())
     target = int(logits.argmax())
     heat = heatmap(model, image, target, RULES[rule])[0].flatten()
     return rounded({"logits": logits.tolist(), "target": target, "heat": heat.tolist(), "right": right}, 5)
@@ -190,6 +191,31 @@ def layout(model: VGG) -> dict[str, list[Any]]:
     ]
     linear = [[m.out_features, m.in_features] for m in model.classifier if isinstance(m, nn.Linear)]
     return {"convolutions": convolutions, "linear": linear}
+
+
+def _is_computed_in_the_page(model: VGG, images: Tensor) -> bool:
+    """Whether vgg.js gives the model's logits: its formulas, on weights of 16 bits, compared with the model itself."""
+    x, at = images, 0
+    numbers = torch.from_numpy(_halves(model)).float()
+
+    def take(*shape: int) -> Tensor:
+        nonlocal at
+        at += math.prod(shape)
+        return numbers[at - math.prod(shape) : at].view(shape)
+
+    shapes = layout(model)
+    for layer in shapes["convolutions"]:
+        outputs = layer["outputs"]
+        x = F.conv2d(x, take(outputs, layer["inputs"], 3, 3), take(outputs), padding=1)
+        weight, bias, mean, variance = (take(outputs) for _ in range(4))
+        x = F.batch_norm(x, mean, variance, weight, bias).relu()
+        x = F.max_pool2d(x, 2) if layer["pool"] else x
+    x = x.mean((2, 3))
+    for index, (outputs, inputs) in enumerate(shapes["linear"]):
+        x = F.linear(x if index == 0 else x.relu(), take(outputs, inputs), take(outputs))
+    with torch.no_grad():
+        logits = model(images.to(next(model.parameters()))).cpu().float()
+    return logits.shape == x.shape and bool((logits - x).abs().max() < 1e-3)
 
 
 def _numbers(model: VGG) -> Iterator[Tensor]:

@@ -6,16 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from explorers import MAKERS
 
-from pxp.widgets import Explorer, control_explorer, head_explorer, prune_explorer, rule_explorer, softmax_explorer
-
-MAKERS = {
-    "rules": rule_explorer,
-    "softmax": softmax_explorer,
-    "heads": head_explorer,
-    "control": control_explorer,
-    "prune": prune_explorer,
-}
+from pxp.widgets import Explorer, prune_explorer
 
 
 def expected(explorer: Explorer, state: dict) -> list[float]:

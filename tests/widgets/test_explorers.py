@@ -10,19 +10,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from explorers import MAKERS
 from torch import nn
 
 import pxp
 from pxp.widgets import Explorer, control_explorer, head_explorer, page, prune_explorer, rule_explorer, softmax_explorer
 from pxp.widgets.prune import CRITERIA, MASKS, RATES, ranked, unpacked
-
-MAKERS = {
-    "rules": rule_explorer,
-    "softmax": softmax_explorer,
-    "heads": head_explorer,
-    "control": control_explorer,
-    "prune": prune_explorer,
-}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -248,3 +241,43 @@ def test_softmax_of_one_s_own():
         softmax_explorer(torch.zeros(4), torch.ones(3))
     with pytest.raises(ValueError, match=r"entering must have shape \(6,\), got \(5,\)"):
         softmax_explorer(entering=torch.zeros(5))
+
+
+def test_only_what_the_page_computes_is_shown_there():
+    data = pxp.load_dataset()
+    refs, some = pxp.reference_samples(data.reference, 1), pxp.reference_samples(data.eval, 1)
+
+    class Doubled(pxp.models.VGG):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    other = pxp.load_model("vgg")
+    other.features[2] = nn.GELU()
+    for model in (Doubled().eval(), other):
+        with pytest.raises(ValueError, match="needs Python"):
+            prune_explorer(model, refs, some).html()
+    assert prune_explorer(pxp.load_model("vgg"), refs, some).alone
+    double = prune_explorer(pxp.load_model("vgg").double(), refs, some)
+    assert double.alone and double.answer(double.data["start"])["kept"]
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\], got values from -1 to 1"):
+        prune_explorer(pxp.load_model("vgg"), refs, (2 * some.images - 1, some.labels))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("swin_tiny_patch4_window7_224", {"img_size": 224}, "as many heads"),
+        (
+            "vit_tiny_patch16_224",
+            {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg"},
+            "one class token",
+        ),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8}, "one class token"),
+    ],
+)
+def test_transformers_without_a_grid_behind_a_class_token_are_refused(name, options, message):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=10, in_chans=1, **options).eval()
+    images = torch.rand(1, 1, options["img_size"], options["img_size"])
+    with pytest.raises(ValueError, match=message):
+        head_explorer(model, (images, torch.tensor([1])))
